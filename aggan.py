@@ -1,0 +1,837 @@
+"""Attention-guided unpaired image-to-image translation, in one file: AGGAN and AttentionGAN.
+
+Two folders of images, A and B, without pairs. A generator G: A -> B learns to change what makes an A an A and
+to leave the rest alone: beside new pixels (content, C) it predicts where to use them (attention, a). A second
+generator F: B -> A does the converse, and discriminators judge the results. For x of A and y of B, and the
+same with A and B exchanged (G is `g_ab`, F is `g_ba`; the numbers are this file's own, used all through it):
+
+    (1) fusion         G(x) = sum_{f<n} a_f * C_f + a_n * x           `fuse`   sum_f a_f = 1, a_n: background
+    (2) scheme I       n = 2, a = (s, 1 - s), s = sigmoid(.)          `SchemeOneGenerator`
+    (3) scheme II      a = softmax over n masks, C = tanh(.)          `SchemeTwoGenerator`
+    (4) L_GAN          log D_B(y) + log(1 - D_B(G(x)))                `adversarial_loss` on the view `whole`
+    (5) L_AGAN         log D([m, y]) + log(1 - D([m, G(x)]))          the same, on `paired`; m = 1 - a_n of x
+    (6) L_cycle        |F(G(x)) - x|_1                                `cycle_loss`
+    (7) L_pixel        |G(x) - x|_1                                   `pixel_loss`
+    (8) L_identity     |G(y) - y|_1                                   `identity_loss`
+    (9) L_tv           sum of |m[h+1, w] - m[h, w]| + |m[h, w+1] - m[h, w]|       `total_variation_loss`
+   (10) objective      r (l_cycle L_cycle + l_pixel L_pixel + l_identity L_identity)
+                       + (1 - r) (l_gan L_GAN + l_paired L_AGAN + l_tv L_tv)       `weigh`
+
+  --model | paper                                            | generator            | attention
+  scheme1 | AGGAN, Tang et al. 2019, arXiv 1903.12296        | `SchemeOneGenerator` | one sigmoid mask
+  scheme2 | AttentionGAN, Tang et al. 2021, arXiv 1911.11897 | `SchemeTwoGenerator` | softmax over n masks
+
+Shapes: B batch, H x W image size (multiples of 4), n masks, h x w a discriminator's map of logits.
+Images are (B, 3, H, W) in [-1, 1]; masks are in [0, 1].
+
+    python aggan.py train                                    the bundled drawings: minutes on a CPU
+    python aggan.py train --a trainA --b trainB              your folders
+    python aggan.py translate runs/NAME photo.jpg folder/ --to b --out translated/
+    python aggan.py evaluate runs/NAME --a testA --b testB
+
+Part I (sections 1-6) is the method: tensors in, tensors out. Part II (7-10) is the machinery around it.
+"""
+import argparse
+import csv
+import dataclasses
+import functools
+import inspect
+import json
+import math
+import os
+import pickle
+import random
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional as TF
+from torchvision.utils import make_grid, save_image
+
+# ======================================== Part I: the method ========================================
+# ---------------------------------------- 1. the fusion formula ----------------------------------------
+
+class Translation(NamedTuple):
+    """What every generator returns."""
+    image: Tensor      # (B, 3, H, W) in [-1, 1]
+    attention: Tensor  # (B, n, H, W) in [0, 1], sums to 1 over n; the last mask is the background
+    content: Tensor    # (B, n-1, 3, H, W) in [-1, 1]
+
+    @property
+    def foreground(self) -> Tensor:
+        """(B, 1, H, W) in [0, 1]: how much of each pixel is new."""
+        return 1 - self.attention[:, -1:]
+
+def fuse(x: Tensor, attention: Tensor, content: Tensor) -> Tensor:
+    """Eq. (1): new content where the foreground masks look, the input itself where the background mask does.
+
+    x (B, 3, H, W), attention (B, n, H, W), content (B, n-1, 3, H, W) -> (B, 3, H, W).
+    ValueError where n masks do not meet n - 1 contents.
+    """
+    if attention.shape[1] != content.shape[1] + 1:
+        raise ValueError(f"{attention.shape[1]} masks need one content fewer, not {content.shape[1]}")
+    foreground, background = attention[:, :-1], attention[:, -1:]     # (B, n-1, H, W), (B, 1, H, W)
+    return (foreground[:, :, None] * content).sum(1) + background * x  # (B, 3, H, W)
+
+# ---------------------------------------- 2. building blocks ----------------------------------------
+
+NORMS = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}  # the first: not affine, nothing running
+
+def conv_block(in_channels: int, out_channels: int, kernel: int, stride: int = 1, norm: str = "instance"):
+    """Convolution, norm, ReLU: c7s1-k and 3x3 layers (reflection padded), dk with stride 2 (zero padded)."""
+    padding_mode = "reflect" if stride == 1 else "zeros"
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, padding_mode=padding_mode),
+        NORMS[norm](out_channels), nn.ReLU(inplace=True))
+
+class ResidualBlock(nn.Module):
+    """Rk (He et al. 2016, as in CycleGAN): two 3x3 convolutions, nothing after the sum. Keeps its shape."""
+
+    def __init__(self, channels: int, norm: str = "instance"):
+        super().__init__()
+        self.body = nn.Sequential(conv_block(channels, channels, 3, norm=norm),
+                                  nn.Conv2d(channels, channels, 3, padding=1, padding_mode="reflect"),
+                                  NORMS[norm](channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+class Encoder(nn.Sequential):
+    """c7s1-64 d128 d256 R256 x blocks: (B, 3, H, W) -> (B, 4*width, H/4, W/4)."""
+
+    def __init__(self, width: int = 64, blocks: int = 9, norm: str = "instance"):
+        super().__init__(conv_block(3, width, 7, norm=norm),
+                         conv_block(width, 2 * width, 3, stride=2, norm=norm),
+                         conv_block(2 * width, 4 * width, 3, stride=2, norm=norm),
+                         *[ResidualBlock(4 * width, norm) for _ in range(blocks)])
+
+class Decoder(nn.Sequential):
+    """u128 u64 c7s1-k, neither norm nor activation at the end: (B, 4*width, H/4, W/4) -> (B, k, H, W)."""
+
+    def __init__(self, out_channels: int, width: int = 64, norm: str = "instance"):
+        def up(channels):
+            return [nn.ConvTranspose2d(2 * channels, channels, 3, stride=2, padding=1, output_padding=1),
+                    NORMS[norm](channels), nn.ReLU(inplace=True)]
+        super().__init__(*up(2 * width), *up(width),
+                         nn.Conv2d(width, out_channels, 7, padding=3, padding_mode="reflect"))
+
+# ---------------------------------------- 3. generators ----------------------------------------
+
+class SchemeOneGenerator(nn.Module):
+    """Scheme I (Tang 2019; Eq. 2): one decoder gives one attention mask and one content image.
+
+    forward: (B, 3, H, W) in [-1, 1] -> `Translation` with n = 2. H and W are multiples of 4, at least 16.
+    """
+
+    def __init__(self, width: int = 64, blocks: int = 9, norm: str = "instance"):
+        super().__init__()
+        self.encoder = Encoder(width, blocks, norm)
+        self.decoder = Decoder(1 + 3, width, norm)
+
+    def forward(self, x: Tensor) -> Translation:
+        mask, content = self.decoder(self.encoder(x)).split([1, 3], dim=1)
+        mask = mask.sigmoid()                                # (B, 1, H, W)
+        attention = torch.cat([mask, 1 - mask], dim=1)       # (B, 2, H, W)
+        content = content.tanh()[:, None]                    # (B, 1, 3, H, W)
+        return Translation(fuse(x, attention, content), attention, content)
+
+class SchemeTwoGenerator(nn.Module):
+    """Scheme II (Tang 2021; Eq. 3): a shared encoder; one decoder for n masks, one for n - 1 contents.
+
+    forward: (B, 3, H, W) in [-1, 1] -> `Translation` with n = masks. H and W are multiples of 4, at least 16.
+    """
+
+    def __init__(self, width: int = 64, blocks: int = 9, masks: int = 10, norm: str = "instance"):
+        super().__init__()
+        self.encoder = Encoder(width, blocks, norm)                     # G_E
+        self.attention_decoder = Decoder(masks, width, norm)            # G_A
+        self.content_decoder = Decoder(3 * (masks - 1), width, norm)    # G_C
+
+    def forward(self, x: Tensor) -> Translation:
+        features = self.encoder(x)                                      # (B, 4*width, H/4, W/4)
+        attention = self.attention_decoder(features).softmax(dim=1)     # (B, n, H, W)
+        content = self.content_decoder(features).tanh()                 # (B, 3(n-1), H, W)
+        content = content.unflatten(1, (-1, 3))                         # (B, n-1, 3, H, W)
+        return Translation(fuse(x, attention, content), attention, content)
+
+# ---------------------------------------- 4. discriminators ----------------------------------------
+
+class PatchDiscriminator(nn.Module):
+    """Says of overlapping patches (head "patch") or of the whole image (head "pooled") whether they are real.
+
+    patch (Isola et al. 2017): C64 C128 C256 stride 2, C512 stride 1, conv to one map; no norm in C64. Each
+    logit sees 70 x 70 pixels. (B, in_channels, H, W) -> (B, 1, H//8 - 2, W//8 - 2).
+    pooled (Tang 2019): C64 C128 C256 C512 stride 2, C512 stride 1 without norm, average, conv to one number.
+    (B, in_channels, H, W) -> (B, 1, 1, 1).
+    """
+
+    def __init__(self, in_channels: int = 3, width: int = 64, norm: str = "instance", head: str = "patch"):
+        super().__init__()
+
+        def block(inputs, outputs, stride, normed=True):
+            return [nn.Conv2d(inputs, outputs, 4, stride, padding=1),
+                    *([NORMS[norm](outputs)] if normed else []), nn.LeakyReLU(0.2, inplace=True)]
+
+        pooled = head == "pooled"
+        layers = [*block(in_channels, width, 2, normed=pooled), *block(width, 2 * width, 2),
+                  *block(2 * width, 4 * width, 2), *block(4 * width, 8 * width, 2 if pooled else 1)]
+        if pooled:
+            layers += [*block(8 * width, 8 * width, 1, normed=False), nn.AdaptiveAvgPool2d(1)]
+        layers += [nn.Conv2d(8 * width, 1, 1) if pooled else nn.Conv2d(8 * width, 1, 4, padding=1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+# What a discriminator sees of an image and a foreground mask.
+
+def whole(image: Tensor, mask: Tensor) -> Tensor:
+    """The image alone: the vanilla discriminator, Eq. (4). (B, 3, H, W)."""
+    return image
+
+def paired(image: Tensor, mask: Tensor) -> Tensor:
+    """Mask and image: the attention-guided discriminator, Eq. (5). (B, 1 + 3, H, W)."""
+    return torch.cat([mask, image], dim=1)
+
+# ---------------------------------------- 5. losses ----------------------------------------
+
+def adversarial_loss(logits: Tensor, real: bool, kind: str = "lsgan") -> Tensor:
+    """Eqs. (4) and (5): how far `logits` (any shape) are from the verdict "real" or "fake"; a scalar.
+
+    lsgan (Mao et al. 2017): mean (logit - target)^2. vanilla (the papers' log form): mean cross-entropy; the
+    generator asks for `real=True`, the non-saturating form. ValueError for another kind.
+    """
+    target = torch.ones_like(logits) if real else torch.zeros_like(logits)  # nothing to broadcast
+    if kind == "lsgan":
+        return F.mse_loss(logits, target)
+    if kind == "vanilla":
+        return F.binary_cross_entropy_with_logits(logits, target)
+    raise ValueError(f"unknown GAN loss {kind!r}: lsgan or vanilla")
+
+def cycle_loss(reconstructed: Tensor, real: Tensor) -> Tensor:
+    """Eq. (6), Zhu et al. 2017: mean |F(G(x)) - x|. Two (B, 3, H, W) -> a scalar."""
+    return F.l1_loss(reconstructed, real)
+
+def pixel_loss(fake: Tensor, real: Tensor) -> Tensor:
+    """Eq. (7), Tang 2019: mean |G(x) - x|, so that little is changed. Two (B, 3, H, W) -> a scalar."""
+    return F.l1_loss(fake, real)
+
+def identity_loss(same: Tensor, real: Tensor) -> Tensor:
+    """Eq. (8), Taigman et al. 2017: mean |G(y) - y|: a B stays as it is. Two (B, 3, H, W) -> a scalar."""
+    return F.l1_loss(same, real)
+
+def total_variation_loss(mask: Tensor) -> Tensor:
+    """Eq. (9), Tang 2019: the mask's steps between neighbours, summed over n, H and W, mean over B.
+
+    (B, n, H, W) -> a scalar.
+    """
+    down = (mask[:, :, 1:] - mask[:, :, :-1]).abs().sum()
+    across = (mask[..., 1:] - mask[..., :-1]).abs().sum()
+    return (down + across) / mask.shape[0]
+
+# ---------------------------------------- 6. the objective ----------------------------------------
+
+@dataclass
+class Config:
+    """One run. Each field is an option of `train`, its comment the help text. What `configure` makes of them:
+    these defaults, then the objective's, the model's, the mini set's, then what the command line says."""
+    model: str = "scheme2"         # scheme1 or scheme2
+    objective: str = "released"    # weights and rate: released (the authors' code) or final (the papers)
+    a: str = ""                    # folder of domain A; without --a and --b: the bundled mini set
+    b: str = ""                    # folder of domain B
+    out: str = ""                  # run folder; default runs/MODEL
+    width: int = 64                # channels of the first layers
+    blocks: int = 9                # residual blocks of a generator
+    masks: int = 10                # n of scheme II: n - 1 foreground masks and the background
+    norm: str = "instance"         # instance or batch
+    head: str = "patch"            # of the discriminators: patch or pooled
+    gan: str = "lsgan"             # adversarial loss: lsgan or vanilla
+    l_gan: float = 1.0             # weight of L_GAN, Eq. 4
+    l_paired: float = 0.0          # weight of L_AGAN, Eq. 5: the attention-guided discriminators
+    l_cycle: float = 10.0          # weight of L_cycle, Eq. 6
+    l_pixel: float = 0.0           # weight of L_pixel, Eq. 7
+    l_identity: float = 5.0        # weight of L_identity, Eq. 8
+    l_tv: float = 0.0              # weight of L_tv, Eq. 9
+    r: float = 0.0                 # curriculum of Eq. 10: r = 0.01 for 5 % of the run, then this; 0: none
+    r_ramp: float = 0.0            # fraction of the run over which r rises to its value; 0: at once
+    size: int = 256                # side of the training crops, a multiple of 4
+    resize: int = 286              # shorter side of the images before cropping
+    batch_size: int = 1            # pairs a step
+    epochs: int = 200              # passes over the larger folder
+    steps: int = 0                 # length of the run in steps, in place of --epochs
+    lr: float = 2e-4               # Adam's rate, constant for half of the run, then linearly to 0
+    pool: int = 50                 # earlier fakes kept for the discriminators
+    seed: int = 0                  # of weights, order, crops, flips and pools
+    device: str = "auto"           # auto (cuda, else mps, else cpu) or a PyTorch device
+    workers: int = 4               # processes that load images; 0: none
+    log_every: int = 100           # steps between progress lines, each a row of log.csv
+    save_every: int = 1000         # steps between checkpoints, each with a sample grid
+
+OBJECTIVES = {  # fields that --objective sets
+    "released": {},
+    "final": dict(l_gan=0.5, l_paired=0.5, l_identity=0.0, l_pixel=1.0, l_tv=1e-6, r=0.5, lr=1e-4)}
+PRESETS: dict[str, dict] = {"scheme1": {}, "scheme2": {}}  # fields that --model sets
+MINI = dict(size=64, resize=72, width=16, blocks=3, r=0.25, r_ramp=0.3, steps=2400, lr=4e-4, workers=0,
+            log_every=50, save_every=400)  # fields that a run on the bundled mini set sets
+
+def build(config: Config) -> nn.ModuleDict:
+    """The networks: g_ab, g_ba, and the discriminators of weights other than 0 (d_a judges images of A)."""
+    nets = nn.ModuleDict()
+    for direction in ("ab", "ba"):
+        if config.model == "scheme1":
+            generator = SchemeOneGenerator(config.width, config.blocks, config.norm)
+        else:
+            generator = SchemeTwoGenerator(config.width, config.blocks, config.masks, config.norm)
+        nets["g_" + direction] = generator
+    for domain in ("a", "b"):
+        if config.l_gan:
+            nets["d_" + domain] = PatchDiscriminator(3, config.width, config.norm, config.head)
+        if config.l_paired:
+            nets["paired_" + domain] = PatchDiscriminator(1 + 3, config.width, config.norm, config.head)
+    for module in nets.modules():  # N(0, 0.02), as in DCGAN
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, 0.02)
+    return nets
+
+def judges(nets: nn.ModuleDict, domain: str) -> list[tuple]:
+    """The discriminators of a domain: (its loss term, network, view)."""
+    table = ("gan", "d_" + domain, whole), ("paired", "paired_" + domain, paired)
+    return [(term, nets[name], view) for term, name, view in table if name in nets]
+
+def curriculum(config: Config, progress: float) -> tuple[float, float]:
+    """The factors (r, 1 - r) of Eq. (10) at `progress` in [0, 1]; (1, 1) without a curriculum.
+
+    The papers step from 0.01 to r; in a short run that can drive the attention to 0, a ramp does not.
+    """
+    if not config.r:
+        return 1.0, 1.0
+    r = 0.01 if progress < 0.05 else config.r * min(1.0, progress / max(config.r_ramp, 0.05))
+    return r, 1 - r
+
+def weigh(losses: dict[str, Tensor], config: Config, progress: float) -> Tensor:
+    """Eq. (10): the generators' total from their terms, a scalar."""
+    keep, change = curriculum(config, progress)
+    factors = dict(cycle=keep, pixel=keep, identity=keep, gan=change, paired=change, tv=change)
+    return sum(factors[term] * getattr(config, "l_" + term) * loss for term, loss in losses.items())
+
+def generator_objective(nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor, config: Config, progress: float):
+    """Eq. (10) for both directions. real_a, real_b (B, 3, H, W).
+
+    Returns the total, its terms (sums of both directions, unweighted) and the Translations fake_a, fake_b.
+    Terms of weight 0 are not computed. Masks are not detached: they learn from the paired discriminator too.
+    """
+    losses: dict[str, Tensor] = {}
+
+    def add(term, value):
+        losses[term] = losses.get(term, 0) + value
+
+    fakes = {}
+    for source, target, x, y in (("a", "b", real_a, real_b), ("b", "a", real_b, real_a)):
+        g, g_back = nets[f"g_{source}{target}"], nets[f"g_{target}{source}"]
+        fakes[target] = fake = g(x)
+        for term, discriminator, view in judges(nets, target):
+            add(term, adversarial_loss(discriminator(view(fake.image, fake.foreground)), True, config.gan))
+        if config.l_cycle:
+            add("cycle", cycle_loss(g_back(fake.image).image, x))
+        if config.l_pixel:
+            add("pixel", pixel_loss(fake.image, x))
+        if config.l_identity:
+            add("identity", identity_loss(g(y).image, y))
+        if config.l_tv:
+            add("tv", total_variation_loss(fake.foreground))
+    return weigh(losses, config, progress), losses, fakes["a"], fakes["b"]
+
+def discriminator_objective(nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor, fake_a: tuple, fake_b: tuple,
+                            config: Config):
+    """Eqs. (4) and (5) for the discriminators, halved; returns the total and its terms.
+
+    real_a, real_b (B, 3, H, W); fake_a, fake_b: (image, mask), detached, from the pools. The paired
+    discriminator sees the fake's mask beside the real image too: only the images tell them apart.
+    """
+    losses = {}
+    for domain, real, (fake, mask) in (("a", real_a, fake_a), ("b", real_b, fake_b)):
+        for term, discriminator, view in judges(nets, domain):
+            on_real = adversarial_loss(discriminator(view(real, mask)), True, config.gan)
+            on_fake = adversarial_loss(discriminator(view(fake, mask)), False, config.gan)
+            losses["d_" + term] = losses.get("d_" + term, 0) + (on_real + on_fake) / 2
+    return sum(losses.values()), losses
+
+class ImagePool:
+    """The last `size` fakes, each with its mask (Shrivastava et al. 2017): discriminators must not forget."""
+
+    def __init__(self, size: int = 50):
+        self.size, self.items = size, []
+
+    def query(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W), (B, 1, H, W) -> the same shapes: each pair itself, or, half of the time once the pool
+        is full, an earlier pair whose place it takes."""
+        out = []
+        for new in zip(images.detach(), masks.detach()):
+            new = tuple(t.clone() for t in new)
+            if len(self.items) < self.size:
+                self.items.append(new)
+            elif self.size and torch.rand(()) < 0.5:
+                i = int(torch.randint(self.size, ()))
+                new, self.items[i] = self.items[i], new
+            out.append(new)
+        return torch.stack([image for image, _ in out]), torch.stack([mask for _, mask in out])
+
+# ======================================== Part II: the machinery ========================================
+# ---------------------------------------- 7. data ----------------------------------------
+
+class BadInput(Exception):
+    """Something the user gave is no use: the command line prints this one line and exits with status 2."""
+
+DATA = Path(__file__).resolve().parent / "data"  # the bundled mini set
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The folder's image files, sorted by path, subfolders included. BadInput where there is none."""
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in readable and p.is_file())
+    if not paths:
+        raise BadInput(f"{folder}: no {'images in this' if Path(folder).is_dir() else 'such'} folder")
+    return paths
+
+def load_image(path: str | Path, mode: str = "RGB") -> Image.Image:
+    """Any image that PIL reads, turned upright by its EXIF tag. BadInput where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{path}: not a readable image ({error})") from None
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image -> (3, H, W) in [-1, 1]."""
+    return TF.to_tensor(image) * 2 - 1
+
+def shrink(image: Image.Image, size: int) -> Image.Image:
+    """The shorter side becomes `size`; proportions stay."""
+    return TF.resize(image, size, TF.InterpolationMode.BICUBIC)
+
+def sample_image(path: Path, size: int) -> Tensor:
+    """For the sample grids: resized, the middle cut out. (3, size, size) in [-1, 1]."""
+    return to_tensor(TF.center_crop(shrink(load_image(path), size), size))
+
+@functools.lru_cache(maxsize=4)
+def permutation(n: int, key: str) -> list[int]:
+    return random.Random(key).sample(range(n), n)
+
+class UnpairedImages(Dataset):
+    """Pairs (real_a, real_b) of (3, size, size) in [-1, 1]: resized, randomly cropped, randomly mirrored.
+
+    Pair i is a function of `seed` and i alone, for any i >= 0: a resumed run sees what an uninterrupted one
+    would have. Each folder is walked in shuffled passes of its own; len() is the longer folder's.
+    """
+
+    def __init__(self, folder_a, folder_b, size: int = 256, resize: int = 286, seed: int = 0):
+        self.paths = {"a": list_images(folder_a), "b": list_images(folder_b)}
+        self.size, self.resize, self.seed = size, resize, seed
+
+    def __len__(self) -> int:
+        return max(map(len, self.paths.values()))
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.load("a", i), self.load("b", i)
+
+    def load(self, domain: str, i: int) -> Tensor:
+        paths, rng = self.paths[domain], random.Random(f"{self.seed} {domain} {i}")
+        epoch, position = divmod(i, len(paths))
+        path = paths[permutation(len(paths), f"{self.seed} {domain} {epoch}")[position]]
+        image = shrink(load_image(path), self.resize)
+        left, top = (rng.randint(0, side - self.size) for side in image.size)
+        image = image.crop((left, top, left + self.size, top + self.size))
+        return to_tensor(ImageOps.mirror(image) if rng.random() < 0.5 else image)
+
+def panels(x: Tensor, t: Translation) -> Tensor:
+    """(B, 3, H, W) and its translation -> (B, 4, 3, H, W): input, foreground attention, content, translation.
+
+    The content shown is the mean of the n - 1 contents, weighted by their masks.
+    """
+    weight = t.attention[:, :-1, None] + 1e-6
+    content = (weight * t.content).sum(1) / weight.sum(1)
+    return torch.stack([x, (t.foreground * 2 - 1).expand_as(x), content, t.image], dim=1)
+
+def sibling(folder: str | Path, old: str, new: str) -> Path | None:
+    """The folder beside this one named with `new` for `old` (trainA -> testA), if there is one."""
+    path = Path(folder).resolve()
+    path = path.with_name(path.name.replace(old, new))
+    return path if old in Path(folder).resolve().name and path.is_dir() else None
+
+def domain_folders(config: Config) -> tuple[Path, Path]:
+    return Path(config.a or DATA / "trainA"), Path(config.b or DATA / "trainB")
+
+# ---------------------------------------- 8. training ----------------------------------------
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+def learning_rate(config: Config, progress: float) -> float:
+    """Constant for the first half of the run, then linearly to 0 at progress = 1."""
+    return config.lr * min(1.0, 2 - 2 * progress)
+
+class Trainer:
+    """Networks, optimisers, pools, position of a run: all that a checkpoint holds, and the training step."""
+
+    def __init__(self, config: Config, total: int, device: torch.device):
+        torch.manual_seed(config.seed)
+        self.config, self.total, self.step = config, total, 0
+        self.nets = build(config).to(device)
+        self.parameters = {"g": [], "d": []}
+        for name, net in self.nets.items():
+            self.parameters["g" if name.startswith("g_") else "d"] += net.parameters()
+        self.optimizers = {k: torch.optim.Adam(p, config.lr, betas=(0.5, 0.999), fused=True)
+                           for k, p in self.parameters.items()}
+        self.pools = {"a": ImagePool(config.pool), "b": ImagePool(config.pool)}
+        self.sums: dict[str, Tensor] = {}  # of the logged figures since the last line
+
+    def rate(self) -> float:
+        return learning_rate(self.config, self.step / self.total)
+
+    def update(self, which: str, loss: Tensor):
+        """One Adam step on the generators ("g") or the discriminators ("d"); the others get no gradient."""
+        optimizer = self.optimizers[which]
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate()
+        optimizer.zero_grad()
+        loss.backward(inputs=self.parameters[which])
+        optimizer.step()
+
+    def train_step(self, real_a: Tensor, real_b: Tensor) -> dict[str, Tensor]:
+        """Generators, then discriminators on pooled fakes. Returns the loss terms and the masks' means."""
+        loss, terms, fake_a, fake_b = generator_objective(
+            self.nets, real_a, real_b, self.config, self.step / self.total)
+        self.update("g", loss)
+        pooled = [pool.query(fake.image, fake.foreground)
+                  for pool, fake in ((self.pools["a"], fake_a), (self.pools["b"], fake_b))]
+        loss, judged = discriminator_objective(self.nets, real_a, real_b, *pooled, self.config)
+        self.update("d", loss)
+        self.step += 1
+        figures = {**terms, **judged, "attention_ab": fake_b.foreground.mean(),
+                   "attention_ba": fake_a.foreground.mean()}
+        figures = {k: v.detach() for k, v in figures.items()}
+        for name, value in figures.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        return figures
+
+    def state_dict(self) -> dict:
+        return {"format": 1, "config": dataclasses.asdict(self.config), "step": self.step,
+                "nets": self.nets.state_dict(), "sums": self.sums, "random": torch.get_rng_state(),
+                "optimizers": {k: optimizer.state_dict() for k, optimizer in self.optimizers.items()},
+                "pools": {k: pool.items for k, pool in self.pools.items()}}
+
+    def load_state_dict(self, state: dict):
+        self.step, self.sums = state["step"], state["sums"]
+        self.nets.load_state_dict(state["nets"])
+        for k, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][k])
+        for k, pool in self.pools.items():
+            pool.items = state["pools"][k]
+        torch.set_rng_state(state["random"].cpu())
+
+def save_checkpoint(path: Path, state: dict):
+    """Written beside, then renamed: a checkpoint is whole or not there."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+def load_checkpoint(run: str | Path, device: torch.device) -> dict:
+    """A run folder or its checkpoint.pt -> the state. Never runs code from the file (weights_only)."""
+    path = Path(run)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise BadInput(f"{run}: no checkpoint.pt here; name a run folder, such as runs/NAME")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        state["config"] = Config(**state["config"])
+        return state
+    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
+        raise BadInput(f"{path}: not a checkpoint of this program") from None
+
+def save_samples(path: Path, nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor):
+    """A PNG, a row for each pair of images: four panels of A -> B, four of B -> A."""
+    nets.eval()
+    with torch.no_grad():
+        rows = [panels(real_a, nets["g_ab"](real_a)), panels(real_b, nets["g_ba"](real_b))]
+    nets.train()
+    save_image(make_grid(torch.cat(rows, dim=1).flatten(0, 1) / 2 + 0.5, nrow=8, pad_value=1), path)
+
+def trim_log(path: Path, step: int):
+    """Drops the rows after `step`, which a resumed run writes again."""
+    if path.exists():
+        head, *rows = path.read_text().splitlines(keepends=True)
+        path.write_text("".join([head, *(row for row in rows if int(row.split(",")[0]) <= step)]))
+
+def write_progress(trainer: Trainer, log: Path, per_epoch: int, seconds: float):
+    """A line on the screen and a row of log.csv: means since the last one. `seconds`: of a step."""
+    step, config = trainer.step, trainer.config
+    count = (step - 1) % config.log_every + 1
+    means = {name: total.item() / count for name, total in trainer.sums.items()}
+    trainer.sums = {}
+    row = {"step": step, "epoch": (step - 1) // per_epoch + 1, "rate": trainer.rate(),
+           "pairs_per_second": config.batch_size / seconds, **means}
+    new = not log.exists()
+    with open(log, "a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(row)
+        writer.writerow(f"{value:.6g}" for value in row.values())
+    minutes, left = divmod(round((trainer.total - step) * seconds), 60)
+    print(f"epoch {row['epoch']}  step {step}/{trainer.total}  {row['pairs_per_second']:.1f} pairs/s  "
+          f"{minutes // 60}:{minutes % 60:02}:{left:02} left  "
+          + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items()), flush=True)
+    for direction in ("ab", "ba"):
+        mean = means["attention_" + direction]
+        if not 0.005 < mean < 0.995:
+            print(f"warning: attention of g_{direction} collapsed to {mean:.4f}: it "
+                  + ("copies its input" if mean < 0.5 else "repaints everything"), file=sys.stderr)
+
+def train(config: Config, resume: bool = False) -> Path:
+    """Trains, leaves checkpoint.pt, log.csv and samples/*.png in the run folder and returns it."""
+    device, out = pick_device(config.device), Path(config.out)
+    folders = domain_folders(config)
+    data = UnpairedImages(*folders, config.size, config.resize, config.seed)
+    per_epoch = max(1, len(data) // config.batch_size)
+    trainer = Trainer(config, config.steps or config.epochs * per_epoch, device)
+    if resume and (out / "checkpoint.pt").exists():
+        trainer.load_state_dict(load_checkpoint(out, device))
+        trim_log(out / "log.csv", trainer.step)
+    shown = [list_images(sibling(folder, "train", "test") or folder) for folder in folders]
+    shown = zip(*[paths[:4] for paths in shown])  # as many of A as of B
+    shown = [torch.stack([sample_image(p, config.size) for p in paths]).to(device) for paths in zip(*shown)]
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+
+    def save():
+        save_samples(out / "samples" / f"{trainer.step:07}.png", trainer.nets, *shown)
+        save_checkpoint(out / "checkpoint.pt", trainer.state_dict())
+
+    loader = DataLoader(data, config.batch_size, num_workers=config.workers, pin_memory=device.type == "cuda",
+                        sampler=range(trainer.step * config.batch_size, trainer.total * config.batch_size),
+                        generator=torch.Generator())  # its own: the pools' random numbers stay the same
+    started, first = time.monotonic(), trainer.step
+    for real_a, real_b in loader:
+        trainer.train_step(real_a.to(device, non_blocking=True), real_b.to(device, non_blocking=True))
+        if trainer.step % config.log_every == 0 or trainer.step == trainer.total:
+            seconds = (time.monotonic() - started) / (trainer.step - first)
+            write_progress(trainer, out / "log.csv", per_epoch, seconds)
+        if trainer.step % config.save_every == 0 and trainer.step < trainer.total:
+            save()
+    save()
+    return out
+
+# ---------------------------------------- 9. translate, evaluate ----------------------------------------
+
+def load_generators(run: str | Path, device: torch.device) -> tuple[nn.ModuleDict, Config]:
+    """The trained networks in evaluation mode, and their configuration."""
+    state = load_checkpoint(run, device)
+    nets = build(state["config"]).to(device).eval()
+    nets.load_state_dict(state["nets"])
+    return nets, state["config"]
+
+@torch.no_grad()
+def apply_any_size(generator: nn.Module, x: Tensor) -> Translation:
+    """The generator on one image (3, H, W) of any size: padded to what it needs, cropped back; batch of 1."""
+    height, width = x.shape[-2:]
+    pad = [max(16, -(-side // 4) * 4) - side for side in (width, height)]
+    t = generator(F.pad(x[None], (0, pad[0], 0, pad[1]), mode="replicate"))
+    return Translation(*(part[..., :height, :width] for part in t))
+
+WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # other formats are written as PNG
+
+def mask_path(target: Path) -> Path:
+    return target.with_name(target.stem + "_attention.png")
+
+def translate(run, inputs: list, to: str, out, attention: bool = False, device: str = "auto") -> list[Path]:
+    """Each input image (files, or folders of them) -> `out`/its name, at its size; with `attention`, the mask
+    beside it as NAME_attention.png. Returns the paths of the translations."""
+    device, out = pick_device(device), Path(out)
+    jobs, taken = {}, {}  # target -> source; every output -> source
+    for item in map(Path, inputs):
+        for path in [item] if item.is_file() else list_images(item):
+            target = out / (path.relative_to(item) if item.is_dir() else path.name)
+            if target.suffix.lower() not in WRITABLE:
+                target = target.with_name(target.name + ".png")
+            for output in (target, mask_path(target)) if attention else (target,):
+                if output in taken:
+                    raise BadInput(f"{path} and {taken[output]}: both would write {output}; split them")
+                taken[output] = path
+            jobs[target] = path
+    if clash := {path.resolve() for path in jobs.values()} & {output.resolve() for output in taken}:
+        raise BadInput(f"--out {out}: {clash.pop()} is an input; name another folder")
+    nets, _ = load_generators(run, device)
+    generator = nets["g_ab" if to == "b" else "g_ba"]
+    for target, path in jobs.items():
+        t = apply_any_size(generator, to_tensor(load_image(path)).to(device))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        TF.to_pil_image(t.image[0].cpu() / 2 + 0.5).save(target, quality=95)
+        if attention:
+            TF.to_pil_image(t.foreground[0].cpu()).save(mask_path(target))
+        print(target, flush=True)
+    return list(jobs)
+
+def mask_figures(x: Tensor, t: Translation, mask: Tensor | None) -> dict[str, float]:
+    """x (1, 3, H, W), its translation, the true foreground (H, W) of bools or None -> one image's figures.
+
+    iou: of foreground >= 0.5 against `mask`; background_error, foreground_change: mean |out - in| outside and
+    inside it, images in [0, 1]; mean_attention: mean foreground. NaN where nothing can be measured.
+    """
+    figures = dict.fromkeys(("iou", "background_error", "foreground_change"), torch.tensor(math.nan))
+    if mask is not None:
+        change, found = (t.image - x).abs().mean(1)[0] / 2, t.foreground[0, 0] >= 0.5    # (H, W) each
+        figures = {"iou": (found & mask).sum() / (found | mask).sum(),
+                   "background_error": change[~mask].mean(), "foreground_change": change[mask].mean()}
+    figures["mean_attention"] = t.foreground.mean()
+    return {name: figure.item() for name, figure in figures.items()}
+
+def evaluate(run, a="", b="", masks_a="", masks_b="", device: str = "auto") -> dict[str, dict]:
+    """Mean figures of test images, shorter side resized to the run's size: {"a2b": {...}, "b2a": {...}}.
+
+    Folders not given: testA and testB beside the training folders; masksA and masksB beside those, if any.
+    A mask has its image's name (any extension) and size; white is the foreground. None: not measured.
+    """
+    device, results = pick_device(device), {}
+    nets, config = load_generators(run, device)
+    sides = zip("ab", "ba", (a, b), (masks_a, masks_b), domain_folders(config))
+    for source, target, folder, masks, trained in sides:
+        folder = folder or sibling(trained, "train", "test")
+        if not folder:
+            raise BadInput(f"--{source}: no test folder beside {trained}; name one")
+        masks = masks or sibling(folder, "test", "masks")
+        truth = {path.stem: path for path in list_images(masks)} if masks else {}
+        figures = []
+        for path in list_images(folder):
+            x, mask = to_tensor(shrink(load_image(path), config.size)).to(device), None
+            if masks:
+                if path.stem not in truth:
+                    raise BadInput(f"{masks}: no mask for {path.name}")
+                mask = TF.to_tensor(load_image(truth[path.stem], "L")).to(device)
+                mask = TF.resize(mask, x.shape[-2:])[0] >= 0.5
+            figures.append(mask_figures(x[None], apply_any_size(nets["g_" + source + target], x), mask))
+        means = {k: torch.tensor([f[k] for f in figures]).nanmean().item() for k in figures[0]}
+        results[f"{source}2{target}"] = {k: None if math.isnan(v) else v for k, v in means.items()}
+    return results
+
+def print_table(results: dict):
+    names = list(results["a2b"])
+    print("direction" + "".join(f"{name.replace('_', ' '):>19}" for name in names))
+    for key, figures in results.items():
+        values = ("-" if figures[n] is None else f"{figures[n]:.4f}" for n in names)
+        print(f"{key[0].upper()} -> {key[2].upper()}   " + "".join(f"{v:>19}" for v in values))
+
+# ---------------------------------------- 10. command line ----------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one line; argparse would print the usage too
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+def configure(given: dict) -> Config:
+    """The options given on the command line -> the whole configuration. BadInput where a value is no use."""
+    if bool(given.get("a")) != bool(given.get("b")):
+        raise BadInput("--a and --b go together: one folder for each domain")
+    for name, values in dict(model=PRESETS, objective=OBJECTIVES, norm=NORMS, head=("patch", "pooled"),
+                             gan=("lsgan", "vanilla")).items():
+        if name in given and given[name] not in values:
+            raise BadInput(f"{flag(name)} {given[name]}: choose from {', '.join(values)}")
+    model, objective = given.get("model", Config.model), given.get("objective", Config.objective)
+    mini = {} if given.get("a") else MINI
+    out = "runs/" + ("mini-" if mini else "") + model
+    config = Config(**{"out": out, **OBJECTIVES[objective], **PRESETS[model], **mini, **given})
+    least = dict(width=1, masks=2, size=32, batch_size=1, epochs=1, log_every=1, save_every=1)  # others: 0
+    for name, value in dataclasses.asdict(config).items():
+        if not isinstance(value, str) and not least.get(name, 0) <= value < math.inf:
+            raise BadInput(f"{flag(name)} {value}: must be at least {least.get(name, 0)} and finite")
+    if config.size % 4 or config.resize < config.size:
+        raise BadInput(f"--size {config.size}: must be a multiple of 4, at most --resize ({config.resize})")
+    if not (config.l_gan or config.l_paired):
+        raise BadInput("--l-gan 0 --l-paired 0: without a discriminator there is nothing to learn from")
+    return config
+
+def run_train(resume: bool, given: dict):
+    config = configure(given)
+    checkpoint = Path(config.out, "checkpoint.pt")
+    if resume and checkpoint.exists():
+        saved = load_checkpoint(checkpoint, torch.device("cpu"))["config"]
+        for name, value in given.items():
+            if name not in ("out", "device", "workers") and value != getattr(saved, name):
+                raise BadInput(f"{flag(name)} {value} contradicts {checkpoint}: {getattr(saved, name)}")
+        keep = {k: given[k] for k in ("device", "workers") if k in given}
+        config = dataclasses.replace(saved, out=config.out, **keep)
+        print(f"resuming {checkpoint}")
+    elif not resume and Path(config.out).exists() and any(Path(config.out).iterdir()):
+        raise BadInput(f"--out {config.out}: already holds a run; add --resume, or name another folder")
+    if not config.a:
+        print(f"no folders given (--a, --b): the bundled mini set with mini settings ({config.size} px, "
+              f"width {config.width}, {config.blocks} blocks, {config.steps} steps)")
+    out = train(config, resume)
+    print(f"done: {out}/samples shows it, {out}/checkpoint.pt is for translate and evaluate")
+
+def main(argv: list[str] | None = None):
+    parser = Parser(prog="aggan.py", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    sub = commands.add_parser("train", help="train on two folders, or on the bundled mini set")
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    for field in dataclasses.fields(Config):
+        sub.add_argument(flag(field.name), type=field.type, default=argparse.SUPPRESS,
+                         metavar=field.type.__name__.upper(),
+                         help=(comments[field.name] + f" [{field.default}]").replace("%", "%%"))
+    sub.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint, if any")
+
+    sub = commands.add_parser("translate", help="apply a trained run to images")
+    sub.add_argument("run", help="run folder")
+    sub.add_argument("inputs", nargs="+", help="images, or folders of them")
+    sub.add_argument("--to", choices=("a", "b"), required=True, help="the domain to translate to")
+    sub.add_argument("--out", required=True, help="folder for the results")
+    sub.add_argument("--attention", action="store_true", help="save the foreground attention too")
+    sub.add_argument("--device", default="auto", help="auto or a PyTorch device")
+
+    sub = commands.add_parser("evaluate", help="measure a run against true masks")
+    sub.add_argument("run", help="run folder")
+    for name in ("a", "b", "masks_a", "masks_b"):
+        sub.add_argument(flag(name), default="", help="folder; default: beside the training folder")
+    sub.add_argument("--json", help="write the figures here too")
+    sub.add_argument("--device", default="auto", help="auto or a PyTorch device")
+
+    given = vars(parser.parse_args(argv))
+    command = given.pop("command")
+    try:
+        if command == "train":
+            run_train(given.pop("resume"), given)
+        elif command == "translate":
+            translate(**given)
+        else:
+            path = given.pop("json")
+            results = evaluate(**given)
+            print_table(results)
+            if path:
+                Path(path).write_text(json.dumps(results, indent=2) + "\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted; train goes on from its last checkpoint with --resume\n")
+    except BadInput as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{error.filename or ''}: {error.strerror or error}")
+
+if __name__ == "__main__":
+    main()

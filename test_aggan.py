@@ -1,0 +1,684 @@
+"""Tests of aggan.py, in its order. No network, no GPU, seeded. Run: pytest -q"""
+import dataclasses
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import aggan
+from aggan import Config, ImagePool, PatchDiscriminator, SchemeOneGenerator, SchemeTwoGenerator
+
+ROOT = Path(__file__).parent
+SIZES = [(256, 256), (64, 64), (64, 96)]
+TINY = dict(width=4, blocks=1, masks=3, size=32, resize=36, workers=0, log_every=2, save_every=2,
+            device="cpu")
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+def random_translation(batch=2, n=4, height=5, width=6):
+    x = torch.rand(batch, 3, height, width) * 2 - 1
+    attention = torch.randn(batch, n, height, width).softmax(1)
+    content = torch.rand(batch, n - 1, 3, height, width) * 2 - 1
+    return x, attention, content
+
+def run(*arguments, **options):
+    """The command line in a process of its own, as a user calls it."""
+    return subprocess.run([sys.executable, str(ROOT / "aggan.py"), *map(str, arguments)],
+                          capture_output=True, text=True, timeout=100, **options)
+
+# ---------------------------------------- 0. the module ----------------------------------------
+
+def test_import_has_no_side_effects(tmp_path):
+    code = ("import random, sys, torch; before = torch.get_rng_state(), random.getstate()\n"
+            f"sys.path.insert(0, {str(ROOT)!r}); import aggan\n"
+            "assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()\n"
+            "assert not torch.cuda.is_initialized() and torch.get_default_dtype() == torch.float32\n")
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+def test_line_counts():
+    lines = (ROOT / "aggan.py").read_text(encoding="utf-8").splitlines()
+    banners = [i for i, line in enumerate(lines) if line.startswith("# ====")]
+    assert len(banners) == 2 and banners[1] - banners[0] <= 420 and len(lines) <= 1000
+
+def test_docstring_names_exist():
+    import re
+    for name in re.findall(r"`(\w+)`", aggan.__doc__):
+        assert hasattr(aggan, name) or name in ("g_ab", "g_ba"), name
+    for model in aggan.PRESETS:
+        assert f"\n  {model} " in aggan.__doc__
+
+# ---------------------------------------- 1. the fusion formula ----------------------------------------
+
+def test_fuse_is_the_naive_loop():
+    x, attention, content = random_translation()
+    out = aggan.fuse(x, attention, content)
+    assert out.shape == x.shape
+    for b in range(2):
+        for c in range(3):
+            for h in range(5):
+                for w in range(6):
+                    pixel = attention[b, 3, h, w].item() * x[b, c, h, w].item()
+                    for f in range(3):
+                        pixel += attention[b, f, h, w].item() * content[b, f, c, h, w].item()
+                    assert out[b, c, h, w].item() == pytest.approx(pixel, abs=1e-6)
+
+def test_background_mask_of_one_returns_the_input_to_the_bit():
+    x, attention, content = random_translation()
+    attention = torch.zeros_like(attention)
+    attention[:, -1] = 1
+    assert torch.equal(aggan.fuse(x, attention, content), x)
+
+def test_two_masks_are_scheme_one():
+    x, _, content = random_translation(n=2)
+    a = torch.rand(2, 1, 5, 6)
+    scheme_one = a * content[:, 0] + (1 - a) * x
+    torch.testing.assert_close(aggan.fuse(x, torch.cat([a, 1 - a], 1), content), scheme_one)
+
+def test_fuse_refuses_masks_that_do_not_meet_contents():
+    x, attention, content = random_translation()
+    with pytest.raises(ValueError, match="4 masks"):
+        aggan.fuse(x, attention, content[:, :1])  # would broadcast
+
+# ---------------------------------------- 2. building blocks ----------------------------------------
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_blocks_shapes(norm):
+    x = torch.randn(2, 3, 32, 48)
+    features = aggan.Encoder(8, 2, norm)(x)
+    assert features.shape == (2, 32, 8, 12)
+    assert aggan.ResidualBlock(32, norm)(features).shape == features.shape
+    assert aggan.Decoder(7, 8, norm)(features).shape == (2, 7, 32, 48)
+    assert aggan.conv_block(3, 5, 7, norm=norm)(x).shape == (2, 5, 32, 48)
+
+def test_norms_are_the_papers():
+    modules = list(SchemeTwoGenerator(4, 1).modules())
+    norms = [m for m in modules if isinstance(m, nn.InstanceNorm2d)]
+    assert len(norms) == 3 + 2 + 4 and not any(m.affine or m.track_running_stats for m in norms)
+    convolutions = [m for m in modules if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+    assert len(convolutions) == 3 + 2 + 6 and all(m.bias is not None for m in convolutions)
+
+# ---------------------------------------- 3. generators ----------------------------------------
+
+@pytest.mark.parametrize("height, width", SIZES)
+@pytest.mark.parametrize("make, n", [(SchemeOneGenerator, 2), (SchemeTwoGenerator, 10)])
+def test_generator_shapes_and_ranges(make, n, height, width):
+    x = torch.rand(2, 3, height, width) * 2 - 1
+    t = make(width=8, blocks=1)(x)
+    assert t.image.shape == (2, 3, height, width)
+    assert t.attention.shape == (2, n, height, width)
+    assert t.content.shape == (2, n - 1, 3, height, width)
+    assert t.foreground.shape == (2, 1, height, width)
+    torch.testing.assert_close(t.attention.sum(1), torch.ones(2, height, width))
+    torch.testing.assert_close(t.foreground[:, 0], t.attention[:, :-1].sum(1))
+    assert t.attention.min() >= 0 and t.attention.max() <= 1
+    assert t.content.abs().max() <= 1 and t.image.abs().max() <= 1 + 1e-6
+    torch.testing.assert_close(t.image, aggan.fuse(x, t.attention, t.content))
+
+def test_full_size_networks():
+    with torch.device("meta"):  # full width at 256 x 256, without the arithmetic
+        x = torch.empty(1, 3, 256, 256)
+        one, two = SchemeOneGenerator(), SchemeTwoGenerator()
+        assert one(x).attention.shape == (1, 2, 256, 256)
+        assert two(x).content.shape == (1, 9, 3, 256, 256)
+        assert parameters(two) == 11_853_669
+        assert parameters(one) == 11_378_179 + 64 * 49 + 1  # CycleGAN's generator and one more output channel
+        assert parameters(PatchDiscriminator()) == 2_764_737
+        assert parameters(PatchDiscriminator(4)) == 2_764_737 + 64 * 16
+
+def test_number_of_masks():
+    t = SchemeTwoGenerator(width=4, blocks=0, masks=2)(torch.zeros(1, 3, 16, 16))
+    assert t.attention.shape[1] == 2 and t.content.shape[1] == 1
+
+# ---------------------------------------- 4. discriminators ----------------------------------------
+
+@pytest.mark.parametrize("height, width", SIZES)
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_discriminator_shapes(height, width, norm):
+    x = torch.randn(2, 4, height, width)
+    assert PatchDiscriminator(4, 4, norm)(x).shape == (2, 1, height // 8 - 2, width // 8 - 2)
+    assert PatchDiscriminator(4, 4, norm, head="pooled")(x).shape == (2, 1, 1, 1)
+
+def test_a_patch_logit_sees_70_pixels():
+    x = torch.randn(1, 3, 128, 128, requires_grad=True)
+    layers = [m for m in PatchDiscriminator(width=4).layers if not isinstance(m, nn.InstanceNorm2d)]
+    nn.Sequential(*layers)(x)[0, 0, 7, 7].backward()  # without norms, which see the whole image
+    rows = x.grad[0].abs().sum((0, 2)).nonzero()
+    assert (rows.max() - rows.min() + 1).item() == 70
+
+def test_norms_of_the_heads():
+    def layers(head):
+        return [type(m).__name__ for m in PatchDiscriminator(3, 4, "batch", head).layers]
+    patch, pooled = layers("patch"), layers("pooled")
+    assert patch[:3] == ["Conv2d", "LeakyReLU", "Conv2d"] and patch.count("BatchNorm2d") == 3
+    assert pooled[:3] == ["Conv2d", "BatchNorm2d", "LeakyReLU"] and pooled.count("BatchNorm2d") == 4
+    assert pooled[-4:] == ["Conv2d", "LeakyReLU", "AdaptiveAvgPool2d", "Conv2d"]
+
+def test_views():
+    image, mask = torch.randn(2, 3, 4, 5), torch.rand(2, 1, 4, 5)
+    assert aggan.whole(image, mask) is image
+    seen = aggan.paired(image, mask)
+    assert torch.equal(seen[:, :1], mask) and torch.equal(seen[:, 1:], image)
+
+# ---------------------------------------- 5. losses ----------------------------------------
+
+def test_adversarial_loss_least_squares():
+    logits = torch.tensor([0.5, -1.0]).view(2, 1, 1, 1)
+    # real: ((0.5 - 1)^2 + (-1 - 1)^2) / 2 = (0.25 + 4) / 2
+    assert aggan.adversarial_loss(logits, True).item() == pytest.approx(2.125)
+    # fake: (0.5^2 + (-1)^2) / 2 = (0.25 + 1) / 2
+    assert aggan.adversarial_loss(logits, False).item() == pytest.approx(0.625)
+
+def test_adversarial_loss_log_form():
+    logits = torch.tensor([0.0, math.log(3)]).view(2, 1, 1, 1)  # probabilities 1/2 and 3/4
+    # real: -(log 1/2 + log 3/4) / 2;  fake: -(log 1/2 + log 1/4) / 2 = 1.5 log 2
+    real = -(math.log(1 / 2) + math.log(3 / 4)) / 2
+    assert aggan.adversarial_loss(logits, True, "vanilla").item() == pytest.approx(real)
+    assert aggan.adversarial_loss(logits, False, "vanilla").item() == pytest.approx(1.5 * math.log(2))
+    with pytest.raises(ValueError, match="hinge"):
+        aggan.adversarial_loss(logits, True, "hinge")
+
+@pytest.mark.parametrize("loss", [aggan.cycle_loss, aggan.pixel_loss, aggan.identity_loss])
+def test_l1_losses_are_means(loss):
+    out, x = torch.zeros(1, 3, 1, 2), torch.zeros(1, 3, 1, 2)
+    out[0, 0] = torch.tensor([[0.5, -1.0]])
+    assert loss(out, x).item() == pytest.approx(1.5 / 6)  # |0.5| + |-1| over 6 values
+
+def test_total_variation_of_a_step_edge():
+    mask = torch.zeros(2, 1, 4, 6)
+    mask[0, :, :, 3:] = 0.5  # an edge 4 high, step 0.5: 4 * 0.5 = 2; the second mask is flat: (2 + 0) / 2
+    assert aggan.total_variation_loss(mask).item() == pytest.approx(1.0)
+    mask[1, :, 2:] = 1.0     # an edge 6 wide, step 1: 6; (2 + 6) / 2
+    assert aggan.total_variation_loss(mask).item() == pytest.approx(4.0)
+
+# ---------------------------------------- 6. the objective ----------------------------------------
+
+FINAL = aggan.configure(dict(TINY, objective="final", a="a", b="b"))
+BATCH = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
+
+def test_objective_by_hand_at_two_values_of_r():
+    losses = dict(gan=0.4, paired=0.6, cycle=0.2, pixel=0.3, tv=1000.0)
+    losses = {k: torch.tensor(v) for k, v in losses.items()}
+    # r = 0.01: 0.01 (10 * 0.2 + 1 * 0.3) + 0.99 (0.5 * 0.4 + 0.5 * 0.6 + 1e-6 * 1000) = 0.023 + 0.49599
+    assert aggan.weigh(losses, FINAL, 0.0).item() == pytest.approx(0.51899)
+    # r = 0.5: 0.5 (2.3) + 0.5 (0.501)
+    assert aggan.weigh(losses, FINAL, 0.05).item() == pytest.approx(1.4005)
+    # as released there is no r: 0.4 + 10 * 0.2 + 5 * 0.1
+    released = {k: torch.tensor(v) for k, v in dict(gan=0.4, cycle=0.2, identity=0.1).items()}
+    assert aggan.weigh(released, Config(), 0.0).item() == pytest.approx(2.9)
+
+def test_curriculum_and_learning_rate_end_points():
+    assert aggan.curriculum(FINAL, 0.0) == aggan.curriculum(FINAL, 0.0499) == (0.01, 0.99)
+    assert aggan.curriculum(FINAL, 0.05) == aggan.curriculum(FINAL, 1.0) == (0.5, 0.5)
+    assert aggan.curriculum(Config(), 0.0) == (1.0, 1.0)
+    rates = [aggan.learning_rate(Config(lr=2.0), p) for p in (0.0, 0.5, 0.75, 1.0)]
+    assert rates == [2.0, 2.0, 1.0, 0.0]
+
+@pytest.mark.parametrize("model", list(aggan.PRESETS))
+def test_generator_objective_from_its_parts(model):
+    config = dataclasses.replace(FINAL, model=model, l_identity=5.0)
+    nets = aggan.build(config)
+    total, losses, fake_a, fake_b = aggan.generator_objective(nets, *BATCH, config, 0.5)
+    a, b = BATCH
+    g, f = nets["g_ab"], nets["g_ba"]
+    torch.testing.assert_close(fake_b.image, g(a).image)
+    torch.testing.assert_close(fake_a.image, f(b).image)
+    expected = {
+        "gan": ((nets["d_b"](g(a).image) - 1) ** 2).mean() + ((nets["d_a"](f(b).image) - 1) ** 2).mean(),
+        "paired": ((nets["paired_b"](torch.cat([g(a).foreground, g(a).image], 1)) - 1) ** 2).mean()
+        + ((nets["paired_a"](torch.cat([f(b).foreground, f(b).image], 1)) - 1) ** 2).mean(),
+        "cycle": (f(g(a).image).image - a).abs().mean() + (g(f(b).image).image - b).abs().mean(),
+        "pixel": (g(a).image - a).abs().mean() + (f(b).image - b).abs().mean(),
+        "identity": (g(b).image - b).abs().mean() + (f(a).image - a).abs().mean(),
+        "tv": aggan.total_variation_loss(g(a).foreground) + aggan.total_variation_loss(f(b).foreground)}
+    assert losses.keys() == expected.keys()
+    for term in expected:
+        torch.testing.assert_close(losses[term], expected[term])
+    torch.testing.assert_close(total, aggan.weigh(expected, config, 0.5))
+
+def test_discriminator_objective_from_its_parts():
+    nets = aggan.build(FINAL)
+    a, b = BATCH
+    fake_a, fake_b = ((torch.rand(2, 3, 32, 32), torch.rand(2, 1, 32, 32)) for _ in "ab")
+    total, losses = aggan.discriminator_objective(nets, a, b, fake_a, fake_b, FINAL)
+
+    def expected(net, real, fake):
+        return (((net(real) - 1) ** 2).mean() + (net(fake) ** 2).mean()) / 2
+    gan = expected(nets["d_a"], a, fake_a[0]) + expected(nets["d_b"], b, fake_b[0])
+    # the fake's mask beside the real image too
+    pair = sum(expected(nets["paired_" + k], torch.cat([fake[1], real], 1), torch.cat([fake[1], fake[0]], 1))
+               for k, real, fake in (("a", a, fake_a), ("b", b, fake_b)))
+    torch.testing.assert_close(losses["d_gan"], gan)
+    torch.testing.assert_close(losses["d_paired"], pair)
+    torch.testing.assert_close(total, gan + pair)
+
+def test_terms_of_weight_zero_are_not_computed():
+    config = dataclasses.replace(FINAL, l_paired=0, l_cycle=0, l_pixel=0, l_tv=0)
+    nets = aggan.build(config)
+    assert set(nets) == {"g_ab", "g_ba", "d_a", "d_b"}
+    calls = []
+    for name, net in nets.items():
+        net.register_forward_hook(lambda *_, name=name: calls.append(name))
+    _, losses, _, _ = aggan.generator_objective(nets, *BATCH, config, 0.5)
+    assert list(losses) == ["gan"] and sorted(calls) == ["d_a", "d_b", "g_ab", "g_ba"]
+
+def test_masks_learn_from_the_paired_discriminator():
+    config = dataclasses.replace(FINAL, l_gan=0, l_cycle=0, l_pixel=0, l_tv=0)
+    nets = aggan.build(config)
+    with torch.no_grad():  # a discriminator that looks at nothing but the mask
+        for k in "ab":
+            nets["paired_" + k].layers[0].weight[:, 1:] = 0
+    loss, *_ = aggan.generator_objective(nets, *BATCH, config, 0.5)
+    loss.backward()
+    assert nets["g_ab"].attention_decoder[-1].weight.grad.abs().max() > 0
+
+def test_each_step_leaves_the_others_gradients_alone():
+    trainer = aggan.Trainer(FINAL, 10, torch.device("cpu"))
+    generators, discriminators = trainer.parameters["g"], trainer.parameters["d"]
+    assert len(generators) + len(discriminators) == len(list(trainer.nets.parameters()))
+    loss, _, fake_a, fake_b = aggan.generator_objective(trainer.nets, *BATCH, FINAL, 0.0)
+    before = [p.clone() for p in discriminators]
+    trainer.update("g", loss)
+    assert all(p.grad is None for p in discriminators) and all(p.grad is not None for p in generators)
+    assert all(map(torch.equal, before, discriminators))
+    fakes = [(t.image.detach(), t.foreground.detach()) for t in (fake_a, fake_b)]
+    trainer.optimizers["g"].zero_grad()
+    before = [p.clone() for p in generators]
+    trainer.update("d", aggan.discriminator_objective(trainer.nets, *BATCH, *fakes, FINAL)[0])
+    assert all(p.grad is None for p in generators) and all(p.grad is not None for p in discriminators)
+    assert all(map(torch.equal, before, generators))
+
+def test_initial_weights():
+    nets = aggan.build(Config(width=32, blocks=2, norm="batch"))
+    weight = nets["g_ab"].encoder[3].body[1].weight
+    assert weight.std().item() == pytest.approx(0.02, rel=0.02) and abs(weight.mean().item()) < 1e-3
+    norms = [m for m in nets["d_a"].modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and all(0.9 < m.weight.mean() < 1.1 for m in norms)
+
+def test_pool_keeps_image_and_mask_together():
+    pool, returned = ImagePool(size=5), []
+    for i in range(0, 100, 2):
+        ids = torch.tensor([i, i + 1.0]).view(2, 1, 1, 1)
+        images, masks = pool.query(ids.expand(2, 3, 4, 4), 1000 + ids.expand(2, 1, 4, 4))
+        assert images.shape == (2, 3, 4, 4) and masks.shape == (2, 1, 4, 4)
+        assert torch.equal(images[:, :1] + 1000, masks)
+        assert i >= 4 or torch.equal(images[:, 0, 0, 0], ids.flatten())  # while it fills, what came in
+        returned += images[:, 0, 0, 0].tolist()
+    assert len(pool.items) == 5 and len(set(returned[5:])) == 95         # each leaves the pool once
+    assert 25 < sum(x < i for i, x in enumerate(returned)) < 75          # about half are earlier ones
+
+def test_pool_of_size_zero_returns_what_came_in():
+    images, masks = torch.rand(3, 3, 2, 2, requires_grad=True), torch.rand(3, 1, 2, 2)
+    out = ImagePool(0).query(images, masks)
+    assert torch.equal(out[0], images) and torch.equal(out[1], masks) and not out[0].requires_grad
+
+# ---------------------------------------- 7. data ----------------------------------------
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two small folders of noise, of different lengths, the images not square."""
+    for domain, count, size in (("A", 5, (48, 40)), ("B", 3, (40, 60))):
+        for split in ("train", "test"):
+            (tmp_path / (split + domain)).mkdir()
+            for i in range(count):
+                pixels = torch.randint(256, (3, size[1], size[0]), dtype=torch.uint8)
+                aggan.TF.to_pil_image(pixels).save(tmp_path / (split + domain) / f"{i}.png")
+    return tmp_path
+
+def test_dataset(folders):
+    data = aggan.UnpairedImages(folders / "trainA", folders / "trainB", size=32, resize=36, seed=3)
+    again = aggan.UnpairedImages(folders / "trainA", folders / "trainB", size=32, resize=36, seed=3)
+    other = aggan.UnpairedImages(folders / "trainA", folders / "trainB", size=32, resize=36, seed=4)
+    assert len(data) == 5
+    for i in (7, 0, 100):
+        assert [x.shape for x in data[i]] == [(3, 32, 32)] * 2
+        assert all(map(torch.equal, data[i], again[i])) and not all(map(torch.equal, data[i], other[i]))
+        assert -1 <= min(x.min() for x in data[i]) and max(x.max() for x in data[i]) <= 1
+
+def test_every_pass_shows_every_image(tmp_path):
+    for domain, count in (("A", 6), ("B", 4)):
+        (tmp_path / domain).mkdir()
+        for i in range(count):
+            Image.new("RGB", (8, 8), (10 * i, 0, 0)).save(tmp_path / domain / f"{i}.png")
+    data = aggan.UnpairedImages(tmp_path / "A", tmp_path / "B", size=8, resize=8)
+    shown = [[round((x[0, 0, 0].item() + 1) * 12.75) for x in data[i]] for i in range(12)]
+    for domain, count in ((0, 6), (1, 4)):
+        passes = [[s[domain] for s in shown[i:i + count]] for i in range(0, 12, count)]
+        assert all(sorted(p) == list(range(count)) for p in passes) and passes[0] != passes[1]
+
+def test_exif_orientation_grayscale_and_palette(tmp_path):
+    image = Image.new("L", (4, 2))
+    image.putpixel((0, 0), 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    image.save(tmp_path / "turned.PNG", exif=exif)
+    turned = aggan.load_image(tmp_path / "turned.PNG")
+    assert turned.size == (2, 4) and turned.mode == "RGB" and turned.getpixel((1, 0)) == (255, 255, 255)
+    image.convert("P").save(tmp_path / "palette.gif")
+    assert aggan.load_image(tmp_path / "palette.gif").mode == "RGB"
+    assert len(aggan.list_images(tmp_path)) == 2
+    assert aggan.to_tensor(turned).shape == (3, 4, 2) and aggan.to_tensor(turned).max() == 1
+
+def test_mini_set_is_what_its_script_draws(tmp_path):
+    spec = importlib.util.spec_from_file_location("draw", ROOT / "data" / "draw.py")
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    for name in ("first", "second"):
+        draw.draw_set(tmp_path / name, train=1, test=2)
+    files = sorted(p.relative_to(tmp_path / "first") for p in (tmp_path / "first").rglob("*.*"))
+    assert len(files) == 2 * (1 + 2 + 2)
+    for file in files:
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+        roots = tmp_path / "first", aggan.DATA
+        drawn, committed = (aggan.to_tensor(aggan.load_image(root / file)) for root in roots)
+        assert drawn.shape == (3, 128, 128)
+        assert (drawn - committed).abs().mean() < 0.01  # another Pillow may round otherwise
+
+def test_mini_set_masks_match_their_images():
+    for domain in "AB":
+        images, masks = (aggan.list_images(aggan.DATA / (k + domain)) for k in ("test", "masks"))
+        assert [p.stem for p in images] == [p.stem for p in masks] and len(images) == 60
+        assert len(aggan.list_images(aggan.DATA / ("train" + domain))) == 300
+        area = torch.stack([aggan.to_tensor(aggan.load_image(p)) for p in masks]).gt(0).float().mean()
+        assert 0.05 < area < 0.3
+
+def test_panels():
+    x, attention, content = random_translation(n=3)
+    t = aggan.Translation(aggan.fuse(x, attention, content), attention, content)
+    shown = aggan.panels(x, t)
+    assert shown.shape == (2, 4, 3, 5, 6)
+    assert torch.equal(shown[:, 0], x) and torch.equal(shown[:, 3], t.image)
+    # by Eq. (1) the image is the content shown, where the foreground is, and the input elsewhere
+    foreground = shown[:, 1] / 2 + 0.5
+    torch.testing.assert_close(foreground * shown[:, 2] + (1 - foreground) * x, t.image, atol=1e-4, rtol=0)
+
+# ---------------------------------------- 8. training ----------------------------------------
+
+def tiny(folders, **changes):
+    given = dict(TINY, a=str(folders / "trainA"), b=str(folders / "trainB"), out=str(folders / "run"))
+    return aggan.configure(given | changes)
+
+def weights(run):
+    return aggan.load_checkpoint(run, torch.device("cpu"))["nets"]
+
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in state)
+
+@pytest.mark.parametrize("changes", [
+    dict(), dict(model="scheme1", objective="final"), dict(objective="final", head="pooled", norm="batch"),
+    dict(gan="vanilla", batch_size=2, pool=0)])
+def test_train_leaves_a_run_folder(folders, capsys, changes):
+    run = aggan.train(tiny(folders, steps=3, size=64, resize=64, **changes))
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoint.pt", "log.csv", "samples"]
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["0000002.png", "0000003.png"]
+    assert Image.open(run / "samples" / "0000003.png").size == (8 * 66 + 2, 3 * 66 + 2)
+    rows = [row.split(",") for row in (run / "log.csv").read_text().splitlines()]
+    assert [row[0] for row in rows] == ["step", "2", "3"]
+    assert all(math.isfinite(float(value)) for row in rows[1:] for value in row)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "step 3/3" in lines[1]
+    for figure in ("pairs/s", "left", "gan ", "cycle ", "attention_ab ", "attention_ba "):
+        assert figure in lines[1]
+
+def test_log_holds_means_of_the_steps(folders):
+    config = tiny(folders, steps=4, log_every=4)
+    aggan.train(config)
+    header, row = (line.split(",") for line in (Path(config.out) / "log.csv").read_text().splitlines())
+    trainer = aggan.Trainer(config, 4, torch.device("cpu"))
+    data = aggan.UnpairedImages(config.a, config.b, 32, 36, config.seed)
+    cycle = [trainer.train_step(*(x[None] for x in data[i]))["cycle"].item() for i in range(4)]
+    assert float(row[header.index("cycle")]) == pytest.approx(sum(cycle) / 4, rel=1e-4)
+
+def test_same_seed_same_weights(folders):
+    runs = [weights(aggan.train(tiny(folders, steps=3, seed=seed, out=str(folders / name))))
+            for name, seed in (("first", 5), ("second", 5), ("third", 6))]
+    assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resume_equals_the_uninterrupted_run(folders, monkeypatch, workers):
+    options = dict(steps=9, pool=2, objective="final", save_every=3, log_every=2, workers=workers)
+    whole = aggan.train(tiny(folders, **options))
+    config, done = tiny(folders, **dict(options, out=str(folders / "killed"))), []
+    step = aggan.Trainer.train_step
+
+    def killed(trainer, *batch):
+        if trainer.step == 5:  # after the checkpoint of step 3 and the log's row of step 4
+            raise KeyboardInterrupt
+        done.append(trainer.step)
+        return step(trainer, *batch)
+    monkeypatch.setattr(aggan.Trainer, "train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        aggan.train(config)
+    monkeypatch.setattr(aggan.Trainer, "train_step", step)
+    resumed = aggan.train(config, resume=True)
+    assert done == [0, 1, 2, 3, 4]
+    first, second = (aggan.load_checkpoint(run, torch.device("cpu")) for run in (whole, resumed))
+    assert same(first["nets"], second["nets"]) and torch.equal(first["random"], second["random"])
+    for k in "gd":
+        for p, q in zip(first["optimizers"][k]["state"].values(), second["optimizers"][k]["state"].values()):
+            assert same(p, q)
+    for k in "ab":
+        for p, q in zip(first["pools"][k], second["pools"][k]):
+            assert torch.equal(p[0], q[0]) and torch.equal(p[1], q[1])
+
+    def log(run):  # all but the speed
+        rows = [row.split(",") for row in (run / "log.csv").read_text().splitlines()]
+        return [row[:3] + row[4:] for row in rows]
+    assert log(whole) == log(resumed) and [row[0] for row in log(whole)] == ["step", "2", "4", "6", "8", "9"]
+
+def test_collapse_is_reported(tmp_path, capsys):
+    for value, word in ((0.001, "copies its"), (0.999, "repaints"), (0.3, None)):
+        trainer = aggan.Trainer(FINAL, 10, torch.device("cpu"))
+        trainer.step = FINAL.log_every
+        trainer.sums = {f"attention_{k}": torch.tensor(value * FINAL.log_every) for k in ("ab", "ba")}
+        aggan.write_progress(trainer, tmp_path / "log.csv", 5, 0.1)
+        warnings = capsys.readouterr().err.splitlines()
+        assert len(warnings) == (2 if word else 0)
+        assert not word or f"g_ab collapsed to {value:.4f}: it {word}" in warnings[0]
+
+def test_checkpoint_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "evil",))
+    torch.save({"config": Evil()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(aggan.BadInput, match="not a checkpoint"):
+        aggan.load_checkpoint(tmp_path, torch.device("cpu"))
+    assert not (tmp_path / "evil").exists()
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_trains_on_cuda(folders):
+    run = aggan.train(tiny(folders, steps=3, device="cuda"))
+    run = aggan.train(tiny(folders, steps=3, device="cuda"), resume=True)
+    assert all(w.isfinite().all() for w in weights(run).values() if w.is_floating_point())
+
+def test_attention_finds_the_object(tmp_path):
+    """Red discs become blue ones and back, on grey noise: IoU < 0.2 untrained, > 0.6 after 150 steps."""
+    for domain, colour in (("A", (0.9, -0.6, -0.6)), ("B", (-0.6, -0.6, 0.9))):
+        for split, count in (("train", 40), ("test", 10)):
+            folder = tmp_path / (split + domain)
+            folder.mkdir()
+            for i in range(count):
+                y, x = torch.randint(9, 23, (2,)).tolist()
+                rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+                disc = (rows - y) ** 2 + (columns - x) ** 2 < 64
+                noise = 0.3 * torch.rand(1, 32, 32) - 0.15
+                pixels = torch.where(disc, torch.tensor(colour)[:, None, None], noise)
+                aggan.TF.to_pil_image(pixels / 2 + 0.5).save(folder / f"{i}.png")
+                if split == "test":
+                    (tmp_path / f"masks{domain}").mkdir(exist_ok=True)
+                    aggan.TF.to_pil_image(disc.float()).save(tmp_path / f"masks{domain}" / f"{i}.png")
+    options = dict(size=32, resize=32, width=8, blocks=1, masks=4, lr=2e-3, r=0.5, r_ramp=0.5, log_every=50,
+                   save_every=1000)
+    results = []
+    for steps in (1, 150):
+        run = aggan.train(tiny(tmp_path, steps=steps, out=str(tmp_path / f"run{steps}"), **options))
+        results.append(aggan.evaluate(run, device="cpu"))
+    print([{k: r[k]["iou"] for k in r} for r in results])
+    for direction in ("a2b", "b2a"):
+        assert results[0][direction]["iou"] < 0.2 and results[1][direction]["iou"] > 0.6
+
+# ---------------------------------------- 9. translate, evaluate ----------------------------------------
+
+@pytest.fixture
+def trained(folders):
+    return aggan.train(tiny(folders, steps=1))
+
+@pytest.mark.parametrize("height, width", [(64, 64), (37, 50), (1, 1), (3, 200)])
+def test_translation_keeps_any_size(height, width):
+    x = torch.rand(3, height, width) * 2 - 1
+    t = aggan.apply_any_size(SchemeTwoGenerator(4, 1, 3), x)
+    assert t.image.shape == (1, 3, height, width)
+    assert t.attention.shape == (1, 3, height, width) and t.content.shape == (1, 2, 3, height, width)
+
+def test_translate(trained, folders):
+    single = folders / "a photo.JPG"
+    Image.new("RGB", (51, 34), (90, 120, 10)).save(single)
+    out = folders / "out"
+    old = folders / "old.ppm"
+    Image.new("RGB", (20, 20)).save(old)
+    paths = aggan.translate(trained, [single, folders / "testA", old], "b", out, attention=True)
+    assert [p.name for p in paths] == ["a photo.JPG", *(f"{i}.png" for i in range(5)), "old.ppm.png"]
+    assert Image.open(out / "a photo.JPG").size == (51, 34)
+    mask = Image.open(out / "a photo_attention.png")
+    assert mask.size == (51, 34) and mask.mode == "L"
+    nets, _ = aggan.load_generators(trained, torch.device("cpu"))
+    x = aggan.to_tensor(aggan.load_image(folders / "testA" / "0.png"))
+    path, = aggan.translate(trained, [folders / "testA" / "0.png"], "a", out)
+    back = aggan.to_tensor(aggan.load_image(path))
+    assert (back - aggan.apply_any_size(nets["g_ba"], x).image[0]).abs().max() < 1 / 127  # 8 bits
+
+def test_translate_never_overwrites(trained, folders):
+    before = (folders / "testA" / "0.png").read_bytes()
+    with pytest.raises(aggan.BadInput, match="is an input"):
+        aggan.translate(trained, [folders / "testA"], "b", folders / "testA")
+    with pytest.raises(aggan.BadInput, match="both would write"):
+        pair = [folders / "testA" / "0.png", folders / "testB" / "0.png"]
+        aggan.translate(trained, pair, "b", folders / "out")
+    Image.new("RGB", (20, 20)).save(folders / "testA" / "0.jpg")
+    with pytest.raises(aggan.BadInput, match="both would write .*0_attention.png"):
+        aggan.translate(trained, [folders / "testA"], "b", folders / "out", attention=True)
+    assert (folders / "testA" / "0.png").read_bytes() == before and not (folders / "out").exists()
+
+def test_mask_figures_by_hand():
+    x = torch.zeros(1, 3, 2, 2)
+    foreground = torch.tensor([[0.9, 0.6], [0.4, 0.1]])
+    attention = torch.stack([foreground, 1 - foreground])[None]
+    image = torch.tensor([[1.0, 0.5], [0.2, 0.0]]).expand(1, 3, 2, 2)
+    mask = torch.tensor([[True, False], [True, False]])
+    figures = aggan.mask_figures(x, aggan.Translation(image, attention, torch.zeros(1, 1, 3, 2, 2)), mask)
+    assert figures["iou"] == pytest.approx(1 / 3)                # found: upper row; true: left column
+    assert figures["background_error"] == pytest.approx(0.125)   # (0.5 + 0) / 2 pixels, halved: in [0, 1]
+    assert figures["foreground_change"] == pytest.approx(0.3)    # (1 + 0.2) / 2, halved
+    assert figures["mean_attention"] == pytest.approx(0.5)
+
+def test_evaluate_averages_over_images(trained, folders):
+    for domain in "AB":
+        (folders / f"masks{domain}").mkdir()
+        for path in aggan.list_images(folders / f"test{domain}"):
+            mask = Image.new("L", Image.open(path).size)
+            mask.paste(255, (0, 0, 20, 20))
+            mask.save(folders / f"masks{domain}" / path.name)
+    results = aggan.evaluate(trained)
+    nets, config = aggan.load_generators(trained, torch.device("cpu"))
+    figures = []
+    for path in aggan.list_images(folders / "testB"):  # 40 x 60 -> 32 x 48: the mask's corner becomes 16 x 16
+        x = aggan.to_tensor(aggan.shrink(aggan.load_image(path), 32))
+        mask = torch.zeros(48, 32, dtype=torch.bool)
+        mask[:16, :16] = True
+        figures.append(aggan.mask_figures(x[None], aggan.apply_any_size(nets["g_ba"], x), mask))
+    assert results["b2a"].keys() == figures[0].keys()
+    for name, value in results["b2a"].items():
+        assert value == pytest.approx(sum(f[name] for f in figures) / 3, abs=1e-6)
+
+def test_evaluate_without_masks(trained):
+    for figures in aggan.evaluate(trained).values():
+        assert figures["iou"] is None and figures["background_error"] is None
+        assert 0 <= figures["mean_attention"] <= 1
+
+# ---------------------------------------- 10. command line ----------------------------------------
+
+def test_every_field_is_an_option_with_help():
+    text = run("train", "--help").stdout
+    for field in dataclasses.fields(Config):
+        assert "--" + field.name.replace("_", "-") in text
+    assert "[scheme2]" in text and "number of" not in text
+
+def test_configure_layers():
+    config = aggan.configure({})
+    assert not config.a and config.size == 64 and config.out == "runs/mini-scheme2"
+    own = aggan.configure(dict(a="x", b="y", model="scheme1", l_tv=3.0))
+    assert (own.size, own.out, own.l_tv, own.lr) == (256, "runs/scheme1", 3.0, Config.lr)
+    final = dict(l_gan=0.5, l_paired=0.5, l_cycle=10, l_pixel=1, l_identity=0, l_tv=1e-6, r=0.5, r_ramp=0,
+                 lr=1e-4)
+    released = dict(l_gan=1, l_paired=0, l_cycle=10, l_pixel=0, l_identity=5, l_tv=0, r=0, r_ramp=0, lr=2e-4)
+    for name, weights in (("final", final), ("released", released)):
+        config = dataclasses.asdict(aggan.configure(dict(a="x", b="y", objective=name)))
+        assert weights.items() <= config.items()
+
+def test_command_line_end_to_end(folders):
+    small = [x for k, v in TINY.items() for x in ("--" + k.replace("_", "-"), v)]
+    out = folders / "runs" / "one"
+    command = ["train", "--a", folders / "trainA", "--b", folders / "trainB", "--out", out, *small]
+    done = run(*command, "--epochs", 1)
+    assert (done.returncode, done.stderr) == (0, "") and "epoch 1  step 5/5" in done.stdout
+    again = run(*command, "--epochs", 1)
+    assert again.returncode == 2 and "--resume" in again.stderr
+    changed = run(*command, "--epochs", 1, "--resume", "--lr", 1)
+    assert changed.returncode == 2 and "--lr 1.0 contradicts" in changed.stderr
+    resumed = run("train", "--out", out, "--resume")
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    done = run("translate", out, folders / "testA", "--to", "b", "--out", folders / "new", "--attention")
+    assert (done.returncode, done.stderr) == (0, "") and len(list((folders / "new").iterdir())) == 10
+    done = run("evaluate", out, "--a", folders / "testA", "--b", folders / "testB", "--json", folders / "f")
+    assert (done.returncode, done.stderr) == (0, "") and "A -> B" in done.stdout
+    results = json.loads((folders / "f").read_text())
+    assert list(results) == ["a2b", "b2a"]
+    for figures in results.values():
+        assert list(figures) == ["iou", "background_error", "foreground_change", "mean_attention"]
+
+def test_bundled_set_trains_without_folders(tmp_path):
+    done = run("train", "--steps", 2, "--width", 4, "--device", "cpu", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "bundled mini set" in done.stdout.splitlines()[0]
+    done = run("evaluate", "runs/mini-scheme2", cwd=tmp_path)
+    assert done.returncode == 0 and "-" not in done.stdout.split("->")[1].splitlines()[0]  # masks were found
+
+@pytest.mark.parametrize("arguments, words", [
+    (["train", "--a", "nowhere", "--b", "nowhere"], "nowhere: no such folder"),
+    (["train", "--a", "empty", "--b", "empty"], "empty: no images"),
+    (["train", "--a", "empty"], "--a and --b go together"),
+    (["train", "--model", "cyclegam"], "--model cyclegam: choose from scheme1"),
+    (["train", "--size", "66"], "--size 66: must be a multiple of 4"),
+    (["train", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
+    (["train", "--lr", "fast"], "--lr: invalid float"),
+    (["train", "--lr", "nan"], "--lr nan"),
+    (["train", "--l-gan", "0"], "without a discriminator"),
+    (["train", "--device", "gpu"], "--device gpu"),
+    (["train", "--a", "broken", "--b", "broken", "--steps", "1"], "x.png: not a readable image"),
+    (["translate", "nowhere", "x.png", "--to", "b", "--out", "out"], "x.png: no such folder"),
+    (["translate", "nowhere", "broken", "--to", "b", "--out", "out"], "nowhere: no checkpoint.pt"),
+    (["evaluate", "broken/x.png"], "not a checkpoint"),
+    (["paint"], "invalid choice: 'paint'")])
+def test_bad_input_gets_one_line(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.png").write_text("not a picture")
+    with pytest.raises(SystemExit) as stopped:
+        aggan.main(arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and words in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "empty"]  # nothing was made
