@@ -32,7 +32,7 @@ Images are (B, 3, H, W) in [-1, 1]; masks are in [0, 1].
 Part I (sections 1-6) is the method: tensors in, tensors out. Part II (7-10) is the machinery around it.
 """
 import argparse
-import csv
+import collections
 import dataclasses
 import functools
 import inspect
@@ -83,10 +83,13 @@ def fuse(x: Tensor, attention: Tensor, content: Tensor) -> Tensor:
 
 # ---------------------------------------- 2. building blocks ----------------------------------------
 
-NORMS = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}  # the first: not affine, nothing running
+NORMS = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}  # the first without affine, as by default
 
 def conv_block(in_channels: int, out_channels: int, kernel: int, stride: int = 1, norm: str = "instance"):
-    """Convolution, norm, ReLU: c7s1-k and 3x3 layers (reflection padded), dk with stride 2 (zero padded)."""
+    """Convolution, norm, ReLU: c7s1-k and 3x3 layers (reflection padded), dk with stride 2 (zero padded).
+
+    (B, in_channels, H, W) -> (B, out_channels, H/stride, W/stride).
+    """
     padding_mode = "reflect" if stride == 1 else "zeros"
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, padding_mode=padding_mode),
@@ -175,6 +178,8 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, in_channels: int = 3, width: int = 64, norm: str = "instance", head: str = "patch"):
         super().__init__()
+        if head not in ("patch", "pooled"):
+            raise ValueError(f"unknown head {head!r}: patch or pooled")
 
         def block(inputs, outputs, stride, normed=True):
             return [nn.Conv2d(inputs, outputs, 4, stride, padding=1),
@@ -241,8 +246,8 @@ def total_variation_loss(mask: Tensor) -> Tensor:
 
 @dataclass
 class Config:
-    """One run. Each field is an option of `train`, its comment the help text. What `configure` makes of them:
-    these defaults, then the objective's, the model's, the mini set's, then what the command line says."""
+    """One run: each field is an option of `train`, its comment the help text. The command line overrides MINI
+    (the mini set's settings), that PRESETS (the model's), that OBJECTIVES, and that these defaults."""
     model: str = "scheme2"         # scheme1 or scheme2
     objective: str = "released"    # weights and rate: released (the authors' code) or final (the papers)
     a: str = ""                    # folder of domain A; without --a and --b: the bundled mini set
@@ -260,7 +265,7 @@ class Config:
     l_pixel: float = 0.0           # weight of L_pixel, Eq. 7
     l_identity: float = 5.0        # weight of L_identity, Eq. 8
     l_tv: float = 0.0              # weight of L_tv, Eq. 9
-    r: float = 0.0                 # curriculum of Eq. 10: r = 0.01 for 5 % of the run, then this; 0: none
+    r: float = 0.0                 # of Eq. 10: 0.01 for 5 % of the run, then this; 0: no r, both factors 1
     r_ramp: float = 0.0            # fraction of the run over which r rises to its value; 0: at once
     size: int = 256                # side of the training crops, a multiple of 4
     resize: int = 286              # shorter side of the images before cropping
@@ -331,25 +336,21 @@ def generator_objective(nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor, con
     Returns the total, its terms (sums of both directions, unweighted) and the Translations fake_a, fake_b.
     Terms of weight 0 are not computed. Masks are not detached: they learn from the paired discriminator too.
     """
-    losses: dict[str, Tensor] = {}
-
-    def add(term, value):
-        losses[term] = losses.get(term, 0) + value
-
-    fakes = {}
+    losses, fakes = collections.defaultdict(lambda: 0), {}
     for source, target, x, y in (("a", "b", real_a, real_b), ("b", "a", real_b, real_a)):
         g, g_back = nets[f"g_{source}{target}"], nets[f"g_{target}{source}"]
         fakes[target] = fake = g(x)
         for term, discriminator, view in judges(nets, target):
-            add(term, adversarial_loss(discriminator(view(fake.image, fake.foreground)), True, config.gan))
+            logits = discriminator(view(fake.image, fake.foreground))
+            losses[term] = losses[term] + adversarial_loss(logits, True, config.gan)
         if config.l_cycle:
-            add("cycle", cycle_loss(g_back(fake.image).image, x))
+            losses["cycle"] = losses["cycle"] + cycle_loss(g_back(fake.image).image, x)
         if config.l_pixel:
-            add("pixel", pixel_loss(fake.image, x))
+            losses["pixel"] = losses["pixel"] + pixel_loss(fake.image, x)
         if config.l_identity:
-            add("identity", identity_loss(g(y).image, y))
+            losses["identity"] = losses["identity"] + identity_loss(g(y).image, y)
         if config.l_tv:
-            add("tv", total_variation_loss(fake.foreground))
+            losses["tv"] = losses["tv"] + total_variation_loss(fake.foreground)
     return weigh(losses, config, progress), losses, fakes["a"], fakes["b"]
 
 def discriminator_objective(nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor, fake_a: tuple, fake_b: tuple,
@@ -359,16 +360,16 @@ def discriminator_objective(nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor,
     real_a, real_b (B, 3, H, W); fake_a, fake_b: (image, mask), detached, from the pools. The paired
     discriminator sees the fake's mask beside the real image too: only the images tell them apart.
     """
-    losses = {}
+    losses = collections.defaultdict(lambda: 0)
     for domain, real, (fake, mask) in (("a", real_a, fake_a), ("b", real_b, fake_b)):
         for term, discriminator, view in judges(nets, domain):
             on_real = adversarial_loss(discriminator(view(real, mask)), True, config.gan)
             on_fake = adversarial_loss(discriminator(view(fake, mask)), False, config.gan)
-            losses["d_" + term] = losses.get("d_" + term, 0) + (on_real + on_fake) / 2
+            losses["d_" + term] = losses["d_" + term] + (on_real + on_fake) / 2
     return sum(losses.values()), losses
 
 class ImagePool:
-    """The last `size` fakes, each with its mask (Shrivastava et al. 2017): discriminators must not forget."""
+    """Up to `size` earlier fakes, each with its mask: a discriminator's memory (Shrivastava et al. 2017)."""
 
     def __init__(self, size: int = 50):
         self.size, self.items = size, []
@@ -400,20 +401,27 @@ def list_images(folder: str | Path) -> list[Path]:
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in readable and p.is_file())
     if not paths:
-        raise BadInput(f"{folder}: no {'images in this' if Path(folder).is_dir() else 'such'} folder")
+        raise BadInput(f"{folder}: no {'images in this' if Path(folder).is_dir() else 'such file or'} folder")
     return paths
 
 def load_image(path: str | Path, mode: str = "RGB") -> Image.Image:
     """Any image that PIL reads, turned upright by its EXIF tag. BadInput where it cannot be read."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert(mode)
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # convert() would clip 16 bits to 8, not scale them
+                image = image.point(lambda value: value / 256).convert("L")
+            return image.convert(mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(f"{path}: not a readable image ({error})") from None
 
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB image -> (3, H, W) in [-1, 1]."""
     return TF.to_tensor(image) * 2 - 1
+
+def to_image(x: Tensor) -> Image.Image:
+    """(3 or 1, H, W) in [0, 1] -> RGB or grey; rounded, so that a copied pixel keeps its value."""
+    return TF.to_pil_image((255 * x).round().clamp(0, 255).byte().cpu())
 
 def shrink(image: Image.Image, size: int) -> Image.Image:
     """The shorter side becomes `size`; proportions stay."""
@@ -430,8 +438,8 @@ def permutation(n: int, key: str) -> list[int]:
 class UnpairedImages(Dataset):
     """Pairs (real_a, real_b) of (3, size, size) in [-1, 1]: resized, randomly cropped, randomly mirrored.
 
-    Pair i is a function of `seed` and i alone, for any i >= 0: a resumed run sees what an uninterrupted one
-    would have. Each folder is walked in shuffled passes of its own; len() is the longer folder's.
+    Pair i is a function of `seed` and i alone, for any i >= 0 (give a loader a sampler): a resumed run sees
+    what an uninterrupted one would have. Each folder is walked in shuffled passes; len() is the longer's.
     """
 
     def __init__(self, folder_a, folder_b, size: int = 256, resize: int = 286, seed: int = 0):
@@ -465,8 +473,8 @@ def panels(x: Tensor, t: Translation) -> Tensor:
 def sibling(folder: str | Path, old: str, new: str) -> Path | None:
     """The folder beside this one named with `new` for `old` (trainA -> testA), if there is one."""
     path = Path(folder).resolve()
-    path = path.with_name(path.name.replace(old, new))
-    return path if old in Path(folder).resolve().name and path.is_dir() else None
+    found = path.parent / path.name.replace(old, new)
+    return found if found != path and found.is_dir() else None
 
 def domain_folders(config: Config) -> tuple[Path, Path]:
     return Path(config.a or DATA / "trainA"), Path(config.b or DATA / "trainB")
@@ -475,16 +483,17 @@ def domain_folders(config: Config) -> tuple[Path, Path]:
 
 def pick_device(name: str) -> torch.device:
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = next((kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()), "cpu")
     try:
-        return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as error:
+        return torch.zeros(1, device=name).cpu() is not None and torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, absent, or without data
         raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 def learning_rate(config: Config, progress: float) -> float:
     """Constant for the first half of the run, then linearly to 0 at progress = 1."""
     return config.lr * min(1.0, 2 - 2 * progress)
+
+FORMAT = 1  # of the checkpoints
 
 class Trainer:
     """Networks, optimisers, pools, position of a run: all that a checkpoint holds, and the training step."""
@@ -501,14 +510,15 @@ class Trainer:
         self.pools = {"a": ImagePool(config.pool), "b": ImagePool(config.pool)}
         self.sums: dict[str, Tensor] = {}  # of the logged figures since the last line
 
-    def rate(self) -> float:
-        return learning_rate(self.config, self.step / self.total)
+    @property
+    def progress(self) -> float:
+        return self.step / self.total
 
     def update(self, which: str, loss: Tensor):
         """One Adam step on the generators ("g") or the discriminators ("d"); the others get no gradient."""
         optimizer = self.optimizers[which]
         for group in optimizer.param_groups:
-            group["lr"] = self.rate()
+            group["lr"] = learning_rate(self.config, self.progress)
         optimizer.zero_grad()
         loss.backward(inputs=self.parameters[which])
         optimizer.step()
@@ -516,7 +526,7 @@ class Trainer:
     def train_step(self, real_a: Tensor, real_b: Tensor) -> dict[str, Tensor]:
         """Generators, then discriminators on pooled fakes. Returns the loss terms and the masks' means."""
         loss, terms, fake_a, fake_b = generator_objective(
-            self.nets, real_a, real_b, self.config, self.step / self.total)
+            self.nets, real_a, real_b, self.config, self.progress)
         self.update("g", loss)
         pooled = [pool.query(fake.image, fake.foreground)
                   for pool, fake in ((self.pools["a"], fake_a), (self.pools["b"], fake_b))]
@@ -531,7 +541,7 @@ class Trainer:
         return figures
 
     def state_dict(self) -> dict:
-        return {"format": 1, "config": dataclasses.asdict(self.config), "step": self.step,
+        return {"format": FORMAT, "config": dataclasses.asdict(self.config), "step": self.step,
                 "nets": self.nets.state_dict(), "sums": self.sums, "random": torch.get_rng_state(),
                 "optimizers": {k: optimizer.state_dict() for k, optimizer in self.optimizers.items()},
                 "pools": {k: pool.items for k, pool in self.pools.items()}}
@@ -562,6 +572,8 @@ def load_checkpoint(run: str | Path, device: torch.device) -> dict:
         raise BadInput(f"{run}: no checkpoint.pt here; name a run folder, such as runs/NAME")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
+        if state["format"] != FORMAT:
+            raise ValueError
         state["config"] = Config(**state["config"])
         return state
     except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
@@ -587,21 +599,20 @@ def write_progress(trainer: Trainer, log: Path, per_epoch: int, seconds: float):
     count = (step - 1) % config.log_every + 1
     means = {name: total.item() / count for name, total in trainer.sums.items()}
     trainer.sums = {}
-    row = {"step": step, "epoch": (step - 1) // per_epoch + 1, "rate": trainer.rate(),
-           "pairs_per_second": config.batch_size / seconds, **means}
-    new = not log.exists()
+    speed = config.batch_size / seconds
+    row = {"step": step, "epoch": (step - 1) // per_epoch + 1, "pairs_per_second": speed,
+           "rate": learning_rate(config, trainer.progress), **means}
+    header = "" if log.exists() else ",".join(row) + "\n"
     with open(log, "a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(row)
-        writer.writerow(f"{value:.6g}" for value in row.values())
+        values = (str(value) if isinstance(value, int) else f"{value:.6g}" for value in row.values())
+        file.write(header + ",".join(values) + "\n")
     minutes, left = divmod(round((trainer.total - step) * seconds), 60)
-    print(f"epoch {row['epoch']}  step {step}/{trainer.total}  {row['pairs_per_second']:.1f} pairs/s  "
+    print(f"epoch {row['epoch']}  step {step}/{trainer.total}  {speed:.1f} pairs/s  "
           f"{minutes // 60}:{minutes % 60:02}:{left:02} left  "
           + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items()), flush=True)
     for direction in ("ab", "ba"):
         mean = means["attention_" + direction]
-        if not 0.005 < mean < 0.995:
+        if mean < 0.005 or mean > 0.995:
             print(f"warning: attention of g_{direction} collapsed to {mean:.4f}: it "
                   + ("copies its input" if mean < 0.5 else "repaints everything"), file=sys.stderr)
 
@@ -614,10 +625,10 @@ def train(config: Config, resume: bool = False) -> Path:
     trainer = Trainer(config, config.steps or config.epochs * per_epoch, device)
     if resume and (out / "checkpoint.pt").exists():
         trainer.load_state_dict(load_checkpoint(out, device))
-        trim_log(out / "log.csv", trainer.step)
-    shown = [list_images(sibling(folder, "train", "test") or folder) for folder in folders]
-    shown = zip(*[paths[:4] for paths in shown])  # as many of A as of B
-    shown = [torch.stack([sample_image(p, config.size) for p in paths]).to(device) for paths in zip(*shown)]
+    trim_log(out / "log.csv", trainer.step)
+    tests = [list_images(sibling(folder, "train", "test") or folder)[:4] for folder in folders]
+    shown = [torch.stack([sample_image(path, config.size) for path in paths]).to(device)
+             for paths in zip(*zip(*tests))]  # as many of A as of B
     (out / "samples").mkdir(parents=True, exist_ok=True)
 
     def save():
@@ -682,9 +693,9 @@ def translate(run, inputs: list, to: str, out, attention: bool = False, device: 
     for target, path in jobs.items():
         t = apply_any_size(generator, to_tensor(load_image(path)).to(device))
         target.parent.mkdir(parents=True, exist_ok=True)
-        TF.to_pil_image(t.image[0].cpu() / 2 + 0.5).save(target, quality=95)
+        to_image(t.image[0] / 2 + 0.5).save(target, quality=95)
         if attention:
-            TF.to_pil_image(t.foreground[0].cpu()).save(mask_path(target))
+            to_image(t.foreground[0]).save(mask_path(target))
         print(target, flush=True)
     return list(jobs)
 
@@ -757,11 +768,14 @@ def configure(given: dict) -> Config:
     model, objective = given.get("model", Config.model), given.get("objective", Config.objective)
     mini = {} if given.get("a") else MINI
     out = "runs/" + ("mini-" if mini else "") + model
-    config = Config(**{"out": out, **OBJECTIVES[objective], **PRESETS[model], **mini, **given})
+    folders = {name: str(Path(given[name]).resolve()) for name in ("a", "b") if given.get(name)}
+    config = Config(**{"out": out, **OBJECTIVES[objective], **PRESETS[model], **mini, **given, **folders})
     least = dict(width=1, masks=2, size=32, batch_size=1, epochs=1, log_every=1, save_every=1)  # others: 0
     for name, value in dataclasses.asdict(config).items():
         if not isinstance(value, str) and not least.get(name, 0) <= value < math.inf:
             raise BadInput(f"{flag(name)} {value}: must be at least {least.get(name, 0)} and finite")
+    if max(config.r, config.r_ramp) > 1:
+        raise BadInput(f"--r {config.r} --r-ramp {config.r_ramp}: must be between 0 and 1")
     if config.size % 4 or config.resize < config.size:
         raise BadInput(f"--size {config.size}: must be a multiple of 4, at most --resize ({config.resize})")
     if not (config.l_gan or config.l_paired):
@@ -774,7 +788,7 @@ def run_train(resume: bool, given: dict):
     if resume and checkpoint.exists():
         saved = load_checkpoint(checkpoint, torch.device("cpu"))["config"]
         for name, value in given.items():
-            if name not in ("out", "device", "workers") and value != getattr(saved, name):
+            if name not in ("out", "device", "workers") and getattr(config, name) != getattr(saved, name):
                 raise BadInput(f"{flag(name)} {value} contradicts {checkpoint}: {getattr(saved, name)}")
         keep = {k: given[k] for k in ("device", "workers") if k in given}
         config = dataclasses.replace(saved, out=config.out, **keep)
@@ -828,10 +842,8 @@ def main(argv: list[str] | None = None):
                 Path(path).write_text(json.dumps(results, indent=2) + "\n")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted; train goes on from its last checkpoint with --resume\n")
-    except BadInput as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"{error.filename or ''}: {error.strerror or error}")
+    except (BadInput, OSError) as error:  # a loading process wraps it in more lines
+        parser.error(str(error).strip().rpartition("BadInput: ")[2])
 
 if __name__ == "__main__":
     main()

@@ -3,6 +3,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,6 @@ def test_line_counts():
     assert len(banners) == 2 and banners[1] - banners[0] <= 420 and len(lines) <= 1000
 
 def test_docstring_names_exist():
-    import re
     for name in re.findall(r"`(\w+)`", aggan.__doc__):
         assert hasattr(aggan, name) or name in ("g_ab", "g_ba"), name
     for model in aggan.PRESETS:
@@ -110,6 +110,10 @@ def test_norms_are_the_papers():
     assert len(norms) == 3 + 2 + 4 and not any(m.affine or m.track_running_stats for m in norms)
     convolutions = [m for m in modules if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
     assert len(convolutions) == 3 + 2 + 6 and all(m.bias is not None for m in convolutions)
+    for m in convolutions:  # stride 1: reflection; stride 2, down or up: zeros
+        assert m.padding_mode == ("reflect" if m.stride == (1, 1) else "zeros")
+    leaky = [m for m in PatchDiscriminator(width=4).layers if isinstance(m, nn.LeakyReLU)]
+    assert len(leaky) == 4 and all(m.negative_slope == 0.2 for m in leaky)
 
 # ---------------------------------------- 3. generators ----------------------------------------
 
@@ -224,12 +228,23 @@ def test_curriculum_and_learning_rate_end_points():
     assert aggan.curriculum(FINAL, 0.0) == aggan.curriculum(FINAL, 0.0499) == (0.01, 0.99)
     assert aggan.curriculum(FINAL, 0.05) == aggan.curriculum(FINAL, 1.0) == (0.5, 0.5)
     assert aggan.curriculum(Config(), 0.0) == (1.0, 1.0)
+    ramp = Config(r=0.4, r_ramp=0.5)
+    assert aggan.curriculum(ramp, 0.04) == (0.01, 0.99)
+    assert aggan.curriculum(ramp, 0.25) == (0.2, 0.8)
+    assert aggan.curriculum(ramp, 0.5) == aggan.curriculum(ramp, 1.0) == (0.4, 0.6)
     rates = [aggan.learning_rate(Config(lr=2.0), p) for p in (0.0, 0.5, 0.75, 1.0)]
     assert rates == [2.0, 2.0, 1.0, 0.0]
 
+def on_real(logits, kind):
+    return ((logits - 1) ** 2).mean() if kind == "lsgan" else -logits.sigmoid().log().mean()
+
+def on_fake(logits, kind):
+    return (logits ** 2).mean() if kind == "lsgan" else -(1 - logits.sigmoid()).log().mean()
+
+@pytest.mark.parametrize("kind", ["lsgan", "vanilla"])
 @pytest.mark.parametrize("model", list(aggan.PRESETS))
-def test_generator_objective_from_its_parts(model):
-    config = dataclasses.replace(FINAL, model=model, l_identity=5.0)
+def test_generator_objective_from_its_parts(model, kind):
+    config = dataclasses.replace(FINAL, model=model, l_identity=5.0, gan=kind)
     nets = aggan.build(config)
     total, losses, fake_a, fake_b = aggan.generator_objective(nets, *BATCH, config, 0.5)
     a, b = BATCH
@@ -237,9 +252,9 @@ def test_generator_objective_from_its_parts(model):
     torch.testing.assert_close(fake_b.image, g(a).image)
     torch.testing.assert_close(fake_a.image, f(b).image)
     expected = {
-        "gan": ((nets["d_b"](g(a).image) - 1) ** 2).mean() + ((nets["d_a"](f(b).image) - 1) ** 2).mean(),
-        "paired": ((nets["paired_b"](torch.cat([g(a).foreground, g(a).image], 1)) - 1) ** 2).mean()
-        + ((nets["paired_a"](torch.cat([f(b).foreground, f(b).image], 1)) - 1) ** 2).mean(),
+        "gan": on_real(nets["d_b"](g(a).image), kind) + on_real(nets["d_a"](f(b).image), kind),
+        "paired": on_real(nets["paired_b"](torch.cat([g(a).foreground, g(a).image], 1)), kind)
+        + on_real(nets["paired_a"](torch.cat([f(b).foreground, f(b).image], 1)), kind),
         "cycle": (f(g(a).image).image - a).abs().mean() + (g(f(b).image).image - b).abs().mean(),
         "pixel": (g(a).image - a).abs().mean() + (f(b).image - b).abs().mean(),
         "identity": (g(b).image - b).abs().mean() + (f(a).image - a).abs().mean(),
@@ -249,14 +264,16 @@ def test_generator_objective_from_its_parts(model):
         torch.testing.assert_close(losses[term], expected[term])
     torch.testing.assert_close(total, aggan.weigh(expected, config, 0.5))
 
-def test_discriminator_objective_from_its_parts():
-    nets = aggan.build(FINAL)
+@pytest.mark.parametrize("kind", ["lsgan", "vanilla"])
+def test_discriminator_objective_from_its_parts(kind):
+    config = dataclasses.replace(FINAL, gan=kind)
+    nets = aggan.build(config)
     a, b = BATCH
     fake_a, fake_b = ((torch.rand(2, 3, 32, 32), torch.rand(2, 1, 32, 32)) for _ in "ab")
-    total, losses = aggan.discriminator_objective(nets, a, b, fake_a, fake_b, FINAL)
+    total, losses = aggan.discriminator_objective(nets, a, b, fake_a, fake_b, config)
 
     def expected(net, real, fake):
-        return (((net(real) - 1) ** 2).mean() + (net(fake) ** 2).mean()) / 2
+        return (on_real(net(real), kind) + on_fake(net(fake), kind)) / 2
     gan = expected(nets["d_a"], a, fake_a[0]) + expected(nets["d_b"], b, fake_b[0])
     # the fake's mask beside the real image too
     pair = sum(expected(nets["paired_" + k], torch.cat([fake[1], real], 1), torch.cat([fake[1], fake[0]], 1))
@@ -300,6 +317,34 @@ def test_each_step_leaves_the_others_gradients_alone():
     trainer.update("d", aggan.discriminator_objective(trainer.nets, *BATCH, *fakes, FINAL)[0])
     assert all(p.grad is None for p in generators) and all(p.grad is not None for p in discriminators)
     assert all(map(torch.equal, before, generators))
+
+def test_train_step_puts_the_parts_together(monkeypatch):
+    trainer, seen = aggan.Trainer(FINAL, 10, torch.device("cpu")), {}
+    trainer.step = 8
+    for pool in trainer.pools.values():  # full of zeros: whatever comes out of it can be told from a fake
+        pool.items = [(torch.zeros(3, 32, 32), torch.zeros(1, 32, 32))] * 50
+    def record(name, function):
+        def recorded(*arguments):
+            seen[name] = arguments, function(*arguments)
+            return seen[name][1]
+        monkeypatch.setattr(aggan, name, recorded)
+    record("generator_objective", aggan.generator_objective)
+    record("discriminator_objective", aggan.discriminator_objective)
+    figures = trainer.train_step(*BATCH)
+    (nets, real_a, real_b, config, progress), (_, _, fake_a, fake_b) = seen["generator_objective"]
+    assert nets is trainer.nets and real_a is BATCH[0] and real_b is BATCH[1] and progress == 0.8
+    (nets, real_a, real_b, pooled_a, pooled_b, config), _ = seen["discriminator_objective"]
+    assert nets is trainer.nets and real_a is BATCH[0] and real_b is BATCH[1] and config is FINAL
+    for pooled, fake in ((pooled_a, fake_a), (pooled_b, fake_b)):
+        for image, mask, new, new_mask in zip(*pooled, fake.image, fake.foreground):
+            is_new = torch.equal(image, new) and torch.equal(mask, new_mask)
+            assert is_new or not (image.any() or mask.any())
+    assert any(not image.any() for image in torch.cat([pooled_a[0], pooled_b[0]]))
+    for optimizer in trainer.optimizers.values():
+        group, = optimizer.param_groups
+        assert group["lr"] == aggan.learning_rate(FINAL, 0.8) and group["betas"] == (0.5, 0.999)
+    assert trainer.step == 9 and figures.keys() == trainer.sums.keys()
+    torch.testing.assert_close(figures["attention_ab"], fake_b.foreground.mean())
 
 def test_initial_weights():
     nets = aggan.build(Config(width=32, blocks=2, norm="batch"))
@@ -348,6 +393,20 @@ def test_dataset(folders):
         assert all(map(torch.equal, data[i], again[i])) and not all(map(torch.equal, data[i], other[i]))
         assert -1 <= min(x.min() for x in data[i]) and max(x.max() for x in data[i]) <= 1
 
+def test_crops_and_flips(tmp_path):
+    for domain in "AB":  # red tells the column, green the row
+        (tmp_path / domain).mkdir()
+        image = Image.new("RGB", (16, 16))
+        image.putdata([(10 * x, 10 * y, 0) for y in range(16) for x in range(16)])
+        image.save(tmp_path / domain / "0.png")
+    data, corners, flips = aggan.UnpairedImages(tmp_path / "A", tmp_path / "B", size=8, resize=16), set(), 0
+    for i in range(60):
+        red, green, _ = ((data[i][0] + 1) * 12.75).round()
+        flips += red[0, 0].item() > red[0, -1].item()
+        corners.add((red.min().item(), green.min().item()))
+        assert red.max() - red.min() == 7 and (green[:, 0] == green[0, 0] + torch.arange(8)).all()
+    assert 15 < flips < 45 and {x for x, _ in corners} == {y for _, y in corners} == set(range(9))
+
 def test_every_pass_shows_every_image(tmp_path):
     for domain, count in (("A", 6), ("B", 4)):
         (tmp_path / domain).mkdir()
@@ -367,9 +426,13 @@ def test_exif_orientation_grayscale_and_palette(tmp_path):
     image.save(tmp_path / "turned.PNG", exif=exif)
     turned = aggan.load_image(tmp_path / "turned.PNG")
     assert turned.size == (2, 4) and turned.mode == "RGB" and turned.getpixel((1, 0)) == (255, 255, 255)
+    deep = Image.new("I;16", (2, 1), 65535)
+    deep.putpixel((0, 0), 30000)
+    deep.save(tmp_path / "deep.png")
+    assert [aggan.load_image(tmp_path / "deep.png").getpixel((x, 0))[0] for x in (0, 1)] == [117, 255]
     image.convert("P").save(tmp_path / "palette.gif")
     assert aggan.load_image(tmp_path / "palette.gif").mode == "RGB"
-    assert len(aggan.list_images(tmp_path)) == 2
+    assert len(aggan.list_images(tmp_path)) == 3
     assert aggan.to_tensor(turned).shape == (3, 4, 2) and aggan.to_tensor(turned).max() == 1
 
 def test_mini_set_is_what_its_script_draws(tmp_path):
@@ -425,6 +488,11 @@ def test_train_leaves_a_run_folder(folders, capsys, changes):
     assert sorted(p.name for p in run.iterdir()) == ["checkpoint.pt", "log.csv", "samples"]
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["0000002.png", "0000003.png"]
     assert Image.open(run / "samples" / "0000003.png").size == (8 * 66 + 2, 3 * 66 + 2)
+    last = aggan.to_tensor(Image.open(run / "samples" / "0000003.png"))
+    nets, config = aggan.load_generators(run, torch.device("cpu"))
+    b = aggan.sample_image(folders / "testB" / "0.png", 64)
+    shown, drawn = last[:, 2:66, 7 * 66 + 2:8 * 66], nets["g_ba"](b[None]).image[0]
+    assert (shown - drawn).abs().max() < 0.01  # the last panel of the first row
     rows = [row.split(",") for row in (run / "log.csv").read_text().splitlines()]
     assert [row[0] for row in rows] == ["step", "2", "3"]
     assert all(math.isfinite(float(value)) for row in rows[1:] for value in row)
@@ -447,15 +515,16 @@ def test_same_seed_same_weights(folders):
             for name, seed in (("first", 5), ("second", 5), ("third", 6))]
     assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_resume_equals_the_uninterrupted_run(folders, monkeypatch, workers):
-    options = dict(steps=9, pool=2, objective="final", save_every=3, log_every=2, workers=workers)
+@pytest.mark.parametrize("norm, workers, save_every",
+                         [("instance", 1, 3), ("batch", 0, 3), ("instance", 0, 100)])
+def test_resume_equals_the_uninterrupted_run(folders, monkeypatch, norm, workers, save_every):
+    options = dict(steps=9, pool=2, objective="final", norm=norm, save_every=save_every, workers=workers)
     whole = aggan.train(tiny(folders, **options))
     config, done = tiny(folders, **dict(options, out=str(folders / "killed"))), []
     step = aggan.Trainer.train_step
 
     def killed(trainer, *batch):
-        if trainer.step == 5:  # after the checkpoint of step 3 and the log's row of step 4
+        if trainer.step == 5:  # after the log's row of step 4, and the checkpoint of step 3, if any
             raise KeyboardInterrupt
         done.append(trainer.step)
         return step(trainer, *batch)
@@ -468,15 +537,16 @@ def test_resume_equals_the_uninterrupted_run(folders, monkeypatch, workers):
     first, second = (aggan.load_checkpoint(run, torch.device("cpu")) for run in (whole, resumed))
     assert same(first["nets"], second["nets"]) and torch.equal(first["random"], second["random"])
     for k in "gd":
-        for p, q in zip(first["optimizers"][k]["state"].values(), second["optimizers"][k]["state"].values()):
-            assert same(p, q)
+        states = [state["optimizers"][k]["state"] for state in (first, second)]
+        assert states[0] and all(same(*pair) for pair in zip(*(s.values() for s in states), strict=True))
     for k in "ab":
-        for p, q in zip(first["pools"][k], second["pools"][k]):
+        assert len(first["pools"][k]) == 2
+        for p, q in zip(first["pools"][k], second["pools"][k], strict=True):
             assert torch.equal(p[0], q[0]) and torch.equal(p[1], q[1])
 
     def log(run):  # all but the speed
         rows = [row.split(",") for row in (run / "log.csv").read_text().splitlines()]
-        return [row[:3] + row[4:] for row in rows]
+        return [row[:2] + row[3:] for row in rows]
     assert log(whole) == log(resumed) and [row[0] for row in log(whole)] == ["step", "2", "4", "6", "8", "9"]
 
 def test_collapse_is_reported(tmp_path, capsys):
@@ -505,7 +575,8 @@ def test_trains_on_cuda(folders):
     assert all(w.isfinite().all() for w in weights(run).values() if w.is_floating_point())
 
 def test_attention_finds_the_object(tmp_path):
-    """Red discs become blue ones and back, on grey noise: IoU < 0.2 untrained, > 0.6 after 150 steps."""
+    """Red discs become blue ones and back, on grey noise: IoU < 0.3 untrained (it looks everywhere, a disc is
+    a fifth of the image), > 0.6 after 150 steps."""
     for domain, colour in (("A", (0.9, -0.6, -0.6)), ("B", (-0.6, -0.6, 0.9))):
         for split, count in (("train", 40), ("test", 10)):
             folder = tmp_path / (split + domain)
@@ -526,9 +597,8 @@ def test_attention_finds_the_object(tmp_path):
     for steps in (1, 150):
         run = aggan.train(tiny(tmp_path, steps=steps, out=str(tmp_path / f"run{steps}"), **options))
         results.append(aggan.evaluate(run, device="cpu"))
-    print([{k: r[k]["iou"] for k in r} for r in results])
     for direction in ("a2b", "b2a"):
-        assert results[0][direction]["iou"] < 0.2 and results[1][direction]["iou"] > 0.6
+        assert results[0][direction]["iou"] < 0.3 and results[1][direction]["iou"] > 0.6
 
 # ---------------------------------------- 9. translate, evaluate ----------------------------------------
 
@@ -558,9 +628,14 @@ def test_translate(trained, folders):
     x = aggan.to_tensor(aggan.load_image(folders / "testA" / "0.png"))
     path, = aggan.translate(trained, [folders / "testA" / "0.png"], "a", out)
     back = aggan.to_tensor(aggan.load_image(path))
-    assert (back - aggan.apply_any_size(nets["g_ba"], x).image[0]).abs().max() < 1 / 127  # 8 bits
+    assert (back - aggan.apply_any_size(nets["g_ba"], x).image[0]).abs().max() < 0.5 / 127.5 + 1e-6  # 8 bits
 
-def test_translate_never_overwrites(trained, folders):
+def test_copied_pixels_keep_their_value():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, -1, -1)
+    image = aggan.TF.to_pil_image(levels)
+    assert aggan.to_image(aggan.to_tensor(image) / 2 + 0.5).tobytes() == image.tobytes()
+
+def test_translate_never_overwrites_an_input(trained, folders):
     before = (folders / "testA" / "0.png").read_bytes()
     with pytest.raises(aggan.BadInput, match="is an input"):
         aggan.translate(trained, [folders / "testA"], "b", folders / "testA")
@@ -611,10 +686,10 @@ def test_evaluate_without_masks(trained):
 # ---------------------------------------- 10. command line ----------------------------------------
 
 def test_every_field_is_an_option_with_help():
-    text = run("train", "--help").stdout
+    text = " ".join(run("train", "--help").stdout.split())
     for field in dataclasses.fields(Config):
-        assert "--" + field.name.replace("_", "-") in text
-    assert "[scheme2]" in text and "number of" not in text
+        name, kind = field.name.replace("_", "-"), type(field.default).__name__.upper()
+        assert re.search(rf"--{name} {kind} [^\[]{{4,}}\[{field.default}\]", text), name
 
 def test_configure_layers():
     config = aggan.configure({})
@@ -649,6 +724,15 @@ def test_command_line_end_to_end(folders):
     for figures in results.values():
         assert list(figures) == ["iou", "background_error", "foreground_change", "mean_attention"]
 
+def test_a_bad_image_in_a_loading_process_gets_one_line(folders):
+    for i in range(10, 15):  # not among those of the sample grid
+        (folders / "trainA" / f"{i}.png").write_text("not a picture")
+    small = [x for k, v in dict(TINY, workers=1).items() for x in ("--" + k.replace("_", "-"), v)]
+    command = ["train", "--a", folders / "trainA", "--b", folders / "trainB", "--out", folders / "run"]
+    done = run(*command, *small)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert re.search(r"1\d\.png: not a readable image", done.stderr)
+
 def test_bundled_set_trains_without_folders(tmp_path):
     done = run("train", "--steps", 2, "--width", 4, "--device", "cpu", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -657,7 +741,7 @@ def test_bundled_set_trains_without_folders(tmp_path):
     assert done.returncode == 0 and "-" not in done.stdout.split("->")[1].splitlines()[0]  # masks were found
 
 @pytest.mark.parametrize("arguments, words", [
-    (["train", "--a", "nowhere", "--b", "nowhere"], "nowhere: no such folder"),
+    (["train", "--a", "nowhere", "--b", "nowhere"], "nowhere: no such file or folder"),
     (["train", "--a", "empty", "--b", "empty"], "empty: no images"),
     (["train", "--a", "empty"], "--a and --b go together"),
     (["train", "--model", "cyclegam"], "--model cyclegam: choose from scheme1"),
@@ -665,10 +749,12 @@ def test_bundled_set_trains_without_folders(tmp_path):
     (["train", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
     (["train", "--lr", "fast"], "--lr: invalid float"),
     (["train", "--lr", "nan"], "--lr nan"),
-    (["train", "--l-gan", "0"], "without a discriminator"),
+    (["train", "--l-gan", "0", "--objective", "released"], "without a discriminator"),
+    (["train", "--r", "2"], "--r 2.0"),
+    (["train", "--device", "meta"], "--device meta"),
     (["train", "--device", "gpu"], "--device gpu"),
     (["train", "--a", "broken", "--b", "broken", "--steps", "1"], "x.png: not a readable image"),
-    (["translate", "nowhere", "x.png", "--to", "b", "--out", "out"], "x.png: no such folder"),
+    (["translate", "nowhere", "x.png", "--to", "b", "--out", "out"], "x.png: no such file or folder"),
     (["translate", "nowhere", "broken", "--to", "b", "--out", "out"], "nowhere: no checkpoint.pt"),
     (["evaluate", "broken/x.png"], "not a checkpoint"),
     (["paint"], "invalid choice: 'paint'")])

@@ -110,7 +110,7 @@ def draw_animal(rng, image, mask, striped, place_x, ground_y, length):
     body, far, hair = (Image.new("L", image.size) for _ in range(3))
     near_draw, far_draw, hair_draw = map(ImageDraw.Draw, (body, far, hair))
     u = length
-    leg, fat = rng.uniform(0.46, 0.60) * u, rng.uniform(0.19, 0.24) * u
+    leg, fat = rng.uniform(0.44, 0.56) * u, rng.uniform(0.22, 0.27) * u
     back, front = x - 0.38 * u, x + 0.38 * u
     y = ground_y - leg - 0.7 * fat
     for hip, bend in ((back, -0.04), (front, 0.04)):
@@ -118,7 +118,7 @@ def draw_animal(rng, image, mask, striped, place_x, ground_y, length):
             swing, top = rng.uniform(-0.20, 0.20) * u, hip + offset * u
             knee = (top + 0.35 * swing + bend * u, y + 0.55 * (ground_y - y))
             capsule(painter, [(top, y), knee, (top + swing, ground_y - 0.045 * u)],
-                    [0.13 * u, 0.075 * u, 0.058 * u], 255)
+                    [0.14 * u, 0.09 * u, 0.072 * u], 255)
     capsule(near_draw, [(back, y - 0.02 * u), (x, y + 0.03 * u), (front, y)], [fat, 0.97 * fat, fat], 255)
     angle = rng.uniform(-0.55, 1.25)  # of the neck: grazing to proud
     neck = rng.uniform(0.42, 0.52) * u
@@ -126,8 +126,8 @@ def draw_animal(rng, image, mask, striped, place_x, ground_y, length):
     poll = (root[0] + neck * math.cos(angle), root[1] - neck * math.sin(angle))
     tilt = min(angle - rng.uniform(1.2, 1.6), -0.25)
     muzzle = (poll[0] + 0.27 * u * math.cos(tilt), poll[1] - 0.27 * u * math.sin(tilt))
-    capsule(near_draw, [root, poll], [0.17 * u, 0.105 * u], 255)
-    capsule(near_draw, [poll, muzzle], [0.105 * u, 0.07 * u], 255)
+    capsule(near_draw, [root, poll], [0.18 * u, 0.12 * u], 255)
+    capsule(near_draw, [poll, muzzle], [0.12 * u, 0.08 * u], 255)
     for shift in (-0.05, 0.04):
         ear = (poll[0] + shift * u - 0.03 * u, poll[1] - 0.09 * u)
         near_draw.polygon([(ear[0] - 0.04 * u, ear[1] + 0.03 * u), (ear[0] + 0.04 * u, ear[1] + 0.03 * u),
@@ -139,7 +139,7 @@ def draw_animal(rng, image, mask, striped, place_x, ground_y, length):
     rump = (back - 0.85 * fat, y - 0.10 * u)
     sway = rng.uniform(-0.16, 0.02) * u
     middle, tip = (rump[0] - 0.08 * u + sway, rump[1] + 0.2 * u), (rump[0] + sway, rump[1] + 0.42 * u)
-    capsule(hair_draw, [rump, middle, tip], [0.03 * u, 0.045 * u, 0.03 * u], 255)
+    capsule(hair_draw, [rump, middle, tip], [0.04 * u, 0.055 * u, 0.04 * u], 255)
     if striped:
         light = hsv(45, rng.uniform(0, 0.05), rng.uniform(0.93, 1))
         dark = hsv(260, 0.1, rng.uniform(0.06, 0.16))
@@ -162,7 +162,7 @@ def draw_animal(rng, image, mask, striped, place_x, ground_y, length):
     else:
         base = hsv(rng.uniform(16, 28), rng.uniform(0.55, 0.78), rng.uniform(0.40, 0.68))
         light, belly = blend(base, hsv(28, 0.5, 0.8), 0.25), blend(base, hsv(18, 0.8, 0.2), 0.25)
-        tail = blend(base, hsv(18, 0.7, 0.15), 0.6)
+        tail = blend(base, hsv(32, 0.5, 0.85), 0.6)  # light: were it dark, B could keep it
         coat = Image.new("RGB", image.size, belly)
         coat.paste(light, (0, 0, FULL, round(y - 1.1 * fat)))
         coat.paste(gradient(light, belly, (FULL, round(2.2 * fat))), (0, round(y - 1.1 * fat)))
@@ -193,13 +193,13 @@ def draw_scene(seed, striped):
     rng = Random(seed)
     image, horizon = draw_background(rng)
     mask = Image.new("L", image.size)
-    if rng.random() < 0.7:
-        places, shortest, longest = [rng.uniform(0.38, 0.62)], 0.32, 0.46
+    if rng.random() < 0.75:
+        places, shortest, longest = [rng.uniform(0.40, 0.60)], 0.36, 0.47
     else:
-        places, shortest, longest = [rng.uniform(0.22, 0.28), rng.uniform(0.72, 0.78)], 0.22, 0.27
+        places, shortest, longest = [rng.uniform(0.22, 0.28), rng.uniform(0.72, 0.78)], 0.25, 0.29
     for place in places:
         length = rng.uniform(shortest, longest) * FULL
-        ground_y = rng.uniform(max(horizon + 0.16 * FULL, 0.68 * FULL), 0.94 * FULL)
+        ground_y = rng.uniform(0.72, 0.95) * FULL
         draw_animal(rng, image, mask, striped, place * FULL, ground_y, length)
     size = (SIZE, SIZE)
     return (image.resize(size, Image.Resampling.BOX),
