@@ -21,7 +21,7 @@ same with A and B exchanged (G is `g_ab`, F is `g_ba`; the numbers are this file
   scheme1 | AGGAN, Tang et al. 2019, arXiv 1903.12296        | `SchemeOneGenerator` | one sigmoid mask
   scheme2 | AttentionGAN, Tang et al. 2021, arXiv 1911.11897 | `SchemeTwoGenerator` | softmax over n masks
 
-Shapes: B batch, H x W image size (multiples of 4), n masks, h x w a discriminator's map of logits.
+Shapes: B batch, H x W image size (multiples of 4), n masks, the last one the background's.
 Images are (B, 3, H, W) in [-1, 1]; masks are in [0, 1].
 
     python aggan.py train                                    the bundled drawings: minutes on a CPU
@@ -131,7 +131,7 @@ class Decoder(nn.Sequential):
 class SchemeOneGenerator(nn.Module):
     """Scheme I (Tang 2019; Eq. 2): one decoder gives one attention mask and one content image.
 
-    forward: (B, 3, H, W) in [-1, 1] -> `Translation` with n = 2. H and W are multiples of 4, at least 16.
+    forward: (B, 3, H, W) in [-1, 1] -> `Translation` with n = 2. H and W are multiples of 4, at least 8.
     """
 
     def __init__(self, width: int = 64, blocks: int = 9, norm: str = "instance"):
@@ -149,7 +149,7 @@ class SchemeOneGenerator(nn.Module):
 class SchemeTwoGenerator(nn.Module):
     """Scheme II (Tang 2021; Eq. 3): a shared encoder; one decoder for n masks, one for n - 1 contents.
 
-    forward: (B, 3, H, W) in [-1, 1] -> `Translation` with n = masks. H and W are multiples of 4, at least 16.
+    forward: (B, 3, H, W) in [-1, 1] -> `Translation` with n = masks. H and W are multiples of 4, at least 8.
     """
 
     def __init__(self, width: int = 64, blocks: int = 9, masks: int = 10, norm: str = "instance"):
@@ -284,7 +284,7 @@ OBJECTIVES = {  # fields that --objective sets
     "released": {},
     "final": dict(l_gan=0.5, l_paired=0.5, l_identity=0.0, l_pixel=1.0, l_tv=1e-6, r=0.5, lr=1e-4)}
 PRESETS: dict[str, dict] = {"scheme1": {}, "scheme2": {}}  # fields that --model sets
-MINI = dict(size=64, resize=72, width=16, blocks=3, r=0.25, r_ramp=0.3, steps=2400, lr=4e-4, workers=0,
+MINI = dict(size=64, resize=72, width=16, blocks=3, r=0.35, r_ramp=0.5, steps=2000, lr=4e-4, workers=0,
             log_every=50, save_every=400)  # fields that a run on the bundled mini set sets
 
 def build(config: Config) -> nn.ModuleDict:
@@ -357,8 +357,8 @@ def discriminator_objective(nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor,
                             config: Config):
     """Eqs. (4) and (5) for the discriminators, halved; returns the total and its terms.
 
-    real_a, real_b (B, 3, H, W); fake_a, fake_b: (image, mask), detached, from the pools. The paired
-    discriminator sees the fake's mask beside the real image too: only the images tell them apart.
+    real_a, real_b (B, 3, H, W); fake_a, fake_b: (image, mask), detached, from the pools. As in Eq. (5), the
+    paired discriminator sees the fake's mask beside the real image too.
     """
     losses = collections.defaultdict(lambda: 0)
     for domain, real, (fake, mask) in (("a", real_a, fake_a), ("b", real_b, fake_b)):
@@ -485,9 +485,10 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = next((kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()), "cpu")
     try:
-        return torch.zeros(1, device=name).cpu() is not None and torch.device(name)
+        torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, absent, or without data
         raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
 
 def learning_rate(config: Config, progress: float) -> float:
     """Constant for the first half of the run, then linearly to 0 at progress = 1."""
@@ -617,9 +618,11 @@ def write_progress(trainer: Trainer, log: Path, per_epoch: int, seconds: float):
                   + ("copies its input" if mean < 0.5 else "repaints everything"), file=sys.stderr)
 
 def train(config: Config, resume: bool = False) -> Path:
-    """Trains, leaves checkpoint.pt, log.csv and samples/*.png in the run folder and returns it."""
-    device, out = pick_device(config.device), Path(config.out)
-    folders = domain_folders(config)
+    """Trains, leaves checkpoint.pt, log.csv and samples/*.png in the run folder and returns it. BadInput where it
+    holds something already, unless `resume`, which goes on from its checkpoint, if there is one."""
+    device, out, folders = pick_device(config.device), Path(config.out), domain_folders(config)
+    if not resume and out.exists() and any(out.iterdir()):
+        raise BadInput(f"--out {out}: already holds a run; add --resume, or name another folder")
     data = UnpairedImages(*folders, config.size, config.resize, config.seed)
     per_epoch = max(1, len(data) // config.batch_size)
     trainer = Trainer(config, config.steps or config.epochs * per_epoch, device)
@@ -766,7 +769,7 @@ def configure(given: dict) -> Config:
         if name in given and given[name] not in values:
             raise BadInput(f"{flag(name)} {given[name]}: choose from {', '.join(values)}")
     model, objective = given.get("model", Config.model), given.get("objective", Config.objective)
-    mini = {} if given.get("a") else MINI
+    mini = {} if given.get("a") else {**MINI, "steps": 0} if "epochs" in given else MINI
     out = "runs/" + ("mini-" if mini else "") + model
     folders = {name: str(Path(given[name]).resolve()) for name in ("a", "b") if given.get(name)}
     config = Config(**{"out": out, **OBJECTIVES[objective], **PRESETS[model], **mini, **given, **folders})
@@ -793,11 +796,10 @@ def run_train(resume: bool, given: dict):
         keep = {k: given[k] for k in ("device", "workers") if k in given}
         config = dataclasses.replace(saved, out=config.out, **keep)
         print(f"resuming {checkpoint}")
-    elif not resume and Path(config.out).exists() and any(Path(config.out).iterdir()):
-        raise BadInput(f"--out {config.out}: already holds a run; add --resume, or name another folder")
     if not config.a:
+        length = f"{config.steps} steps" if config.steps else f"{config.epochs} epochs"
         print(f"no folders given (--a, --b): the bundled mini set with mini settings ({config.size} px, "
-              f"width {config.width}, {config.blocks} blocks, {config.steps} steps)")
+              f"width {config.width}, {config.blocks} blocks, r {config.r}, {length})")
     out = train(config, resume)
     print(f"done: {out}/samples shows it, {out}/checkpoint.pt is for translate and evaluate")
 

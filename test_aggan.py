@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -691,11 +692,23 @@ def test_every_field_is_an_option_with_help():
         name, kind = field.name.replace("_", "-"), type(field.default).__name__.upper()
         assert re.search(rf"--{name} {kind} [^\[]{{4,}}\[{field.default}\]", text), name
 
+def test_readme_commands_are_understood(monkeypatch, tmp_path):
+    text, called = (ROOT / "README.md").read_text(encoding="utf-8"), []
+    commands = re.findall(r"^    python aggan\.py (.*)$", text, re.M)
+    for name in ("run_train", "translate", "evaluate", "print_table"):
+        monkeypatch.setattr(aggan, name, lambda *a, name=name, **k: called.append(name))
+    monkeypatch.chdir(tmp_path)  # for --json
+    for command in commands:
+        aggan.main(shlex.split(command))
+    assert {c.split()[0] for c in commands} == {"train", "translate", "evaluate"}
+    assert called.count("run_train") >= 2 and {"translate", "evaluate"} <= set(called)
+
 def test_configure_layers():
     config = aggan.configure({})
     assert not config.a and config.size == 64 and config.out == "runs/mini-scheme2"
+    assert aggan.configure({"epochs": 2}).steps == 0 and config.steps > 0
     own = aggan.configure(dict(a="x", b="y", model="scheme1", l_tv=3.0))
-    assert (own.size, own.out, own.l_tv, own.lr) == (256, "runs/scheme1", 3.0, Config.lr)
+    assert (own.size, own.out, own.l_tv, own.r_ramp) == (256, "runs/scheme1", 3.0, 0.0)
     final = dict(l_gan=0.5, l_paired=0.5, l_cycle=10, l_pixel=1, l_identity=0, l_tv=1e-6, r=0.5, r_ramp=0,
                  lr=1e-4)
     released = dict(l_gan=1, l_paired=0, l_cycle=10, l_pixel=0, l_identity=5, l_tv=0, r=0, r_ramp=0, lr=2e-4)
