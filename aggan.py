@@ -249,7 +249,7 @@ class Config:
     """One run: each field is an option of `train`, its comment the help text. The command line overrides MINI
     (the mini set's settings), that PRESETS (the model's), that OBJECTIVES, and that these defaults."""
     model: str = "scheme2"         # scheme1 or scheme2
-    objective: str = "released"    # weights and rate: released (the authors' code) or final (the papers)
+    objective: str = "final"       # weights and rate: final (the papers) or released (the authors' code)
     a: str = ""                    # folder of domain A; without --a and --b: the bundled mini set
     b: str = ""                    # folder of domain B
     out: str = ""                  # run folder; default runs/MODEL
@@ -259,20 +259,20 @@ class Config:
     norm: str = "instance"         # instance or batch
     head: str = "patch"            # of the discriminators: patch or pooled
     gan: str = "lsgan"             # adversarial loss: lsgan or vanilla
-    l_gan: float = 1.0             # weight of L_GAN, Eq. 4
-    l_paired: float = 0.0          # weight of L_AGAN, Eq. 5: the attention-guided discriminators
+    l_gan: float = 0.5             # weight of L_GAN, Eq. 4
+    l_paired: float = 0.5          # weight of L_AGAN, Eq. 5: the attention-guided discriminators
     l_cycle: float = 10.0          # weight of L_cycle, Eq. 6
-    l_pixel: float = 0.0           # weight of L_pixel, Eq. 7
-    l_identity: float = 5.0        # weight of L_identity, Eq. 8
-    l_tv: float = 0.0              # weight of L_tv, Eq. 9
-    r: float = 0.0                 # of Eq. 10: 0.01 for 5 % of the run, then this; 0: no r, both factors 1
+    l_pixel: float = 1.0           # weight of L_pixel, Eq. 7
+    l_identity: float = 0.0        # weight of L_identity, Eq. 8
+    l_tv: float = 1e-6             # weight of L_tv, Eq. 9
+    r: float = 0.5                 # of Eq. 10: 0.01 for 5 % of the run, then this; 0: no r, both factors 1
     r_ramp: float = 0.0            # fraction of the run over which r rises to its value; 0: at once
     size: int = 256                # side of the training crops, a multiple of 4
     resize: int = 286              # shorter side of the images before cropping
     batch_size: int = 1            # pairs a step
     epochs: int = 200              # passes over the larger folder
     steps: int = 0                 # length of the run in steps, in place of --epochs
-    lr: float = 2e-4               # Adam's rate, constant for half of the run, then linearly to 0
+    lr: float = 1e-4               # Adam's rate, constant for half of the run, then linearly to 0
     pool: int = 50                 # earlier fakes kept for the discriminators
     seed: int = 0                  # of weights, order, crops, flips and pools
     device: str = "auto"           # auto (cuda, else mps, else cpu) or a PyTorch device
@@ -281,10 +281,10 @@ class Config:
     save_every: int = 1000         # steps between checkpoints, each with a sample grid
 
 OBJECTIVES = {  # fields that --objective sets
-    "released": {},
-    "final": dict(l_gan=0.5, l_paired=0.5, l_identity=0.0, l_pixel=1.0, l_tv=1e-6, r=0.5, lr=1e-4)}
+    "final": {},
+    "released": dict(l_gan=1.0, l_paired=0.0, l_identity=5.0, l_pixel=0.0, l_tv=0.0, r=0.0, lr=2e-4)}
 PRESETS: dict[str, dict] = {"scheme1": {}, "scheme2": {}}  # fields that --model sets
-MINI = dict(size=64, resize=72, width=16, blocks=3, r=0.35, r_ramp=0.5, steps=2000, lr=4e-4, workers=0,
+MINI = dict(size=64, resize=72, width=16, blocks=3, r=0.5, r_ramp=1.0, steps=2000, lr=4e-4, workers=0,
             log_every=50, save_every=400)  # fields that a run on the bundled mini set sets
 
 def build(config: Config) -> nn.ModuleDict:
@@ -317,7 +317,7 @@ def judges(nets: nn.ModuleDict, domain: str) -> list[tuple]:
 def curriculum(config: Config, progress: float) -> tuple[float, float]:
     """The factors (r, 1 - r) of Eq. (10) at `progress` in [0, 1]; (1, 1) without a curriculum.
 
-    The papers step from 0.01 to r; in a short run that can drive the attention to 0, a ramp does not.
+    The papers step from 0.01 to r; in a short run that drives the attention to 0, and `r_ramp` does not.
     """
     if not config.r:
         return 1.0, 1.0
@@ -614,12 +614,15 @@ def write_progress(trainer: Trainer, log: Path, per_epoch: int, seconds: float):
     for direction in ("ab", "ba"):
         mean = means["attention_" + direction]
         if mean < 0.005 or mean > 0.995:
-            print(f"warning: attention of g_{direction} collapsed to {mean:.4f}: it "
-                  + ("copies its input" if mean < 0.5 else "repaints everything"), file=sys.stderr)
+            advice = ("copies its input; try --r-ramp 1 or a lower --l-cycle" if mean < 0.5 else
+                      "repaints everything; try a higher --l-pixel or --l-identity")
+            print(f"warning: g_{direction}'s attention collapsed to {mean:.4f}: it {advice}", file=sys.stderr)
 
 def train(config: Config, resume: bool = False) -> Path:
-    """Trains, leaves checkpoint.pt, log.csv and samples/*.png in the run folder and returns it. BadInput where it
-    holds something already, unless `resume`, which goes on from its checkpoint, if there is one."""
+    """Trains, leaves checkpoint.pt, log.csv and samples/*.png in the run folder, and returns it.
+
+    BadInput where it holds something already, unless `resume`: that goes on from its checkpoint, if any.
+    """
     device, out, folders = pick_device(config.device), Path(config.out), domain_folders(config)
     if not resume and out.exists() and any(out.iterdir()):
         raise BadInput(f"--out {out}: already holds a run; add --resume, or name another folder")
