@@ -3,14 +3,16 @@
 Two folders of images, A and B, without pairs. A generator G: A -> B learns to change what makes an A an A and
 to leave the rest alone: beside new pixels (content, C) it predicts where to use them (attention, a). A second
 generator F: B -> A does the converse, and discriminators judge the results. For x of A and y of B, and the
-same with A and B exchanged (G is `g_ab`, F is `g_ba`; the numbers are this file's own, used all through it):
+same with A and B exchanged (G is `g_ab`, F is `g_ba`, but the code's `F` is torch.nn.functional; the numbers
+are this file's own, used all through it):
 
-    (1) fusion         G(x) = sum_{f<n} a_f * C_f + a_n * x           `fuse`   sum_f a_f = 1, a_n: background
-    (2) scheme I       n = 2, a = (s, 1 - s), s = sigmoid(.)          `SchemeOneGenerator`
+    (1) fusion         G(x) = sum_{f=1}^{n-1} a_f * C_f + a_n * x     `fuse`   sum_f a_f = 1, a_n: background
+    (2) scheme I       n = 2, a = (s, 1 - s), s = sigmoid(.)          `SchemeOneGenerator`    C = tanh(.)
     (3) scheme II      a = softmax over n masks, C = tanh(.)          `SchemeTwoGenerator`
     (4) L_GAN          log D_B(y) + log(1 - D_B(G(x)))                `adversarial_loss` on the view `whole`
+                       or, by default, least squares: (D_B(y) - 1)^2 + D_B(G(x))^2
     (5) L_AGAN         log D([m, y]) + log(1 - D([m, G(x)]))          the same, on `paired`; m = 1 - a_n of x
-    (6) L_cycle        |F(G(x)) - x|_1                                `cycle_loss`
+    (6) L_cycle        |F(G(x)) - x|_1, a mean, as (7) and (8)        `cycle_loss`
     (7) L_pixel        |G(x) - x|_1                                   `pixel_loss`
     (8) L_identity     |G(y) - y|_1                                   `identity_loss`
     (9) L_tv           sum of |m[h+1, w] - m[h, w]| + |m[h, w+1] - m[h, w]|       `total_variation_loss`
@@ -45,6 +47,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +86,7 @@ def fuse(x: Tensor, attention: Tensor, content: Tensor) -> Tensor:
 
 # ---------------------------------------- 2. building blocks ----------------------------------------
 
-NORMS = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}  # the first without affine, as by default
+NORMS = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}  # the first without affine, its default
 
 def conv_block(in_channels: int, out_channels: int, kernel: int, stride: int = 1, norm: str = "instance"):
     """Convolution, norm, ReLU: c7s1-k and 3x3 layers (reflection padded), dk with stride 2 (zero padded).
@@ -171,9 +174,9 @@ class PatchDiscriminator(nn.Module):
     """Says of overlapping patches (head "patch") or of the whole image (head "pooled") whether they are real.
 
     patch (Isola et al. 2017): C64 C128 C256 stride 2, C512 stride 1, conv to one map; no norm in C64. Each
-    logit sees 70 x 70 pixels. (B, in_channels, H, W) -> (B, 1, H//8 - 2, W//8 - 2).
+    logit sees 70 x 70 pixels. (B, in_channels, H, W) -> (B, 1, H//8 - 2, W//8 - 2); H, W >= 24.
     pooled (Tang 2019): C64 C128 C256 C512 stride 2, C512 stride 1 without norm, average, conv to one number.
-    (B, in_channels, H, W) -> (B, 1, 1, 1).
+    (B, in_channels, H, W) -> (B, 1, 1, 1); H, W >= 32.
     """
 
     def __init__(self, in_channels: int = 3, width: int = 64, norm: str = "instance", head: str = "patch"):
@@ -246,13 +249,13 @@ def total_variation_loss(mask: Tensor) -> Tensor:
 
 @dataclass
 class Config:
-    """One run: each field is an option of `train`, its comment the help text. The command line overrides MINI
-    (the mini set's settings), that PRESETS (the model's), that OBJECTIVES, and that these defaults."""
+    """One run. Each field is an option of `train`, its comment the help text. In order of precedence: command
+    line, MINI (on the mini set), PRESETS (by model), OBJECTIVES, the defaults below."""
     model: str = "scheme2"         # scheme1 or scheme2
-    objective: str = "final"       # weights and rate: final (the papers) or released (the authors' code)
+    objective: str = "final"       # weights, r and rate: final (the papers) or released (the authors' code)
     a: str = ""                    # folder of domain A; without --a and --b: the bundled mini set
     b: str = ""                    # folder of domain B
-    out: str = ""                  # run folder; default runs/MODEL
+    out: str = ""                  # run folder; default runs/MODEL, on the mini set runs/mini-MODEL
     width: int = 64                # channels of the first layers
     blocks: int = 9                # residual blocks of a generator
     masks: int = 10                # n of scheme II: n - 1 foreground masks and the background
@@ -266,7 +269,7 @@ class Config:
     l_identity: float = 0.0        # weight of L_identity, Eq. 8
     l_tv: float = 1e-6             # weight of L_tv, Eq. 9
     r: float = 0.5                 # of Eq. 10: 0.01 for 5 % of the run, then this; 0: no r, both factors 1
-    r_ramp: float = 0.0            # fraction of the run over which r rises to its value; 0: at once
+    r_ramp: float = 0.0            # fraction of the run over which r rises to its value; 0: the papers' step
     size: int = 256                # side of the training crops, a multiple of 4
     resize: int = 286              # shorter side of the images before cropping
     batch_size: int = 1            # pairs a step
@@ -602,19 +605,18 @@ def write_progress(trainer: Trainer, log: Path, per_epoch: int, seconds: float):
     trainer.sums = {}
     speed = config.batch_size / seconds
     row = {"step": step, "epoch": (step - 1) // per_epoch + 1, "pairs_per_second": speed,
-           "rate": learning_rate(config, trainer.progress), **means}
+           "rate": learning_rate(config, (step - 1) / trainer.total), **means}
     header = "" if log.exists() else ",".join(row) + "\n"
     with open(log, "a", newline="") as file:
         values = (str(value) if isinstance(value, int) else f"{value:.6g}" for value in row.values())
         file.write(header + ",".join(values) + "\n")
-    minutes, left = divmod(round((trainer.total - step) * seconds), 60)
+    left = timedelta(seconds=round((trainer.total - step) * seconds))
     print(f"epoch {row['epoch']}  step {step}/{trainer.total}  {speed:.1f} pairs/s  "
-          f"{minutes // 60}:{minutes % 60:02}:{left:02} left  "
-          + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items()), flush=True)
+          f"{left} left  " + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items()), flush=True)
     for direction in ("ab", "ba"):
         mean = means["attention_" + direction]
         if mean < 0.005 or mean > 0.995:
-            advice = ("copies its input; try --r-ramp 1 or a lower --l-cycle" if mean < 0.5 else
+            advice = ("copies its input; try --r 0.5 --r-ramp 1, then a lower --r" if mean < 0.5 else
                       "repaints everything; try a higher --l-pixel or --l-identity")
             print(f"warning: g_{direction}'s attention collapsed to {mean:.4f}: it {advice}", file=sys.stderr)
 
@@ -624,8 +626,10 @@ def train(config: Config, resume: bool = False) -> Path:
     BadInput where it holds something already, unless `resume`: that goes on from its checkpoint, if any.
     """
     device, out, folders = pick_device(config.device), Path(config.out), domain_folders(config)
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"--out {out}: is a file; name a folder")
     if not resume and out.exists() and any(out.iterdir()):
-        raise BadInput(f"--out {out}: already holds a run; add --resume, or name another folder")
+        raise BadInput(f"--out {out}: not empty; name another folder, or go on with its run by --resume")
     data = UnpairedImages(*folders, config.size, config.resize, config.seed)
     per_epoch = max(1, len(data) // config.batch_size)
     trainer = Trainer(config, config.steps or config.epochs * per_epoch, device)
@@ -633,8 +637,9 @@ def train(config: Config, resume: bool = False) -> Path:
         trainer.load_state_dict(load_checkpoint(out, device))
     trim_log(out / "log.csv", trainer.step)
     tests = [list_images(sibling(folder, "train", "test") or folder)[:4] for folder in folders]
-    shown = [torch.stack([sample_image(path, config.size) for path in paths]).to(device)
-             for paths in zip(*zip(*tests))]  # as many of A as of B
+    count = min(map(len, tests))
+    shown = [torch.stack([sample_image(path, config.size) for path in paths[:count]]).to(device)
+             for paths in tests]
     (out / "samples").mkdir(parents=True, exist_ok=True)
 
     def save():
@@ -748,10 +753,9 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", device: str = "auto") -> d
     return results
 
 def print_table(results: dict):
-    names = list(results["a2b"])
-    print("direction" + "".join(f"{name.replace('_', ' '):>19}" for name in names))
+    print("direction" + "".join(f"{name.replace('_', ' '):>19}" for name in results["a2b"]))
     for key, figures in results.items():
-        values = ("-" if figures[n] is None else f"{figures[n]:.4f}" for n in names)
+        values = ("-" if figure is None else f"{figure:.4f}" for figure in figures.values())
         print(f"{key[0].upper()} -> {key[2].upper()}   " + "".join(f"{v:>19}" for v in values))
 
 # ---------------------------------------- 10. command line ----------------------------------------
@@ -778,12 +782,13 @@ def configure(given: dict) -> Config:
     config = Config(**{"out": out, **OBJECTIVES[objective], **PRESETS[model], **mini, **given, **folders})
     least = dict(width=1, masks=2, size=32, batch_size=1, epochs=1, log_every=1, save_every=1)  # others: 0
     for name, value in dataclasses.asdict(config).items():
-        if not isinstance(value, str) and not least.get(name, 0) <= value < math.inf:
-            raise BadInput(f"{flag(name)} {value}: must be at least {least.get(name, 0)} and finite")
-    if max(config.r, config.r_ramp) > 1:
-        raise BadInput(f"--r {config.r} --r-ramp {config.r_ramp}: must be between 0 and 1")
-    if config.size % 4 or config.resize < config.size:
-        raise BadInput(f"--size {config.size}: must be a multiple of 4, at most --resize ({config.resize})")
+        low, high = least.get(name, 0), 1 if name in ("r", "r_ramp") else 2**32
+        if not isinstance(value, str) and not low <= value <= high:
+            raise BadInput(f"{flag(name)} {value}: must be between {low} and {high}")
+    if config.size % 4:
+        raise BadInput(f"--size {config.size}: must be a multiple of 4")
+    if config.resize < config.size:
+        raise BadInput(f"--resize {config.resize}: must be at least --size, {config.size}")
     if not (config.l_gan or config.l_paired):
         raise BadInput("--l-gan 0 --l-paired 0: without a discriminator there is nothing to learn from")
     return config
@@ -791,30 +796,33 @@ def configure(given: dict) -> Config:
 def run_train(resume: bool, given: dict):
     config = configure(given)
     checkpoint = Path(config.out, "checkpoint.pt")
-    if resume and checkpoint.exists():
+    if resume and not checkpoint.exists():
+        print(f"no checkpoint in {config.out} yet: starting anew")
+    elif resume:
         saved = load_checkpoint(checkpoint, torch.device("cpu"))["config"]
         for name, value in given.items():
             if name not in ("out", "device", "workers") and getattr(config, name) != getattr(saved, name):
-                raise BadInput(f"{flag(name)} {value} contradicts {checkpoint}: {getattr(saved, name)}")
+                raise BadInput(f"{flag(name)} {value} contradicts {checkpoint}: {getattr(saved, name)} there")
         keep = {k: given[k] for k in ("device", "workers") if k in given}
         config = dataclasses.replace(saved, out=config.out, **keep)
         print(f"resuming {checkpoint}")
     if not config.a:
         length = f"{config.steps} steps" if config.steps else f"{config.epochs} epochs"
         print(f"no folders given (--a, --b): the bundled mini set with mini settings ({config.size} px, "
-              f"width {config.width}, {config.blocks} blocks, r {config.r}, {length})")
+              f"width {config.width}, {config.blocks} blocks, {length})")
     out = train(config, resume)
     print(f"done: {out}/samples shows it, {out}/checkpoint.pt is for translate and evaluate")
 
 def main(argv: list[str] | None = None):
     parser = Parser(prog="aggan.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("train", help="train on two folders, or on the bundled mini set")
+    sub = commands.add_parser("train", help="train on two folders, or on the bundled mini set",
+                              epilog="Defaults in [ ] are those for your own folders and --objective final.")
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
         sub.add_argument(flag(field.name), type=field.type, default=argparse.SUPPRESS,
                          metavar=field.type.__name__.upper(),
-                         help=(comments[field.name] + f" [{field.default}]").replace("%", "%%"))
+                         help=f"{comments[field.name]} [{field.default}]".replace("%", "%%"))
     sub.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint, if any")
 
     sub = commands.add_parser("translate", help="apply a trained run to images")
@@ -825,7 +833,7 @@ def main(argv: list[str] | None = None):
     sub.add_argument("--attention", action="store_true", help="save the foreground attention too")
     sub.add_argument("--device", default="auto", help="auto or a PyTorch device")
 
-    sub = commands.add_parser("evaluate", help="measure a run against true masks")
+    sub = commands.add_parser("evaluate", help="measure a run, against true masks where there are any")
     sub.add_argument("run", help="run folder")
     for name in ("a", "b", "masks_a", "masks_b"):
         sub.add_argument(flag(name), default="", help="folder; default: beside the training folder")
@@ -847,7 +855,7 @@ def main(argv: list[str] | None = None):
                 Path(path).write_text(json.dumps(results, indent=2) + "\n")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted; train goes on from its last checkpoint with --resume\n")
-    except (BadInput, OSError) as error:  # a loading process wraps it in more lines
+    except (BadInput, OSError) as error:  # from a loading process: a traceback that ends in "BadInput: ..."
         parser.error(str(error).strip().rpartition("BadInput: ")[2])
 
 if __name__ == "__main__":

@@ -497,6 +497,8 @@ def test_train_leaves_a_run_folder(folders, capsys, changes):
     assert (shown - drawn).abs().max() < 0.01  # the last panel of the first row
     rows = [row.split(",") for row in (run / "log.csv").read_text().splitlines()]
     assert [row[0] for row in rows] == ["step", "2", "3"]
+    rates = [float(row[rows[0].index("rate")]) for row in rows[1:]]  # of steps 2 and 3, that is after 1 and 2
+    assert rates == pytest.approx([aggan.learning_rate(config, step / 3) for step in (1, 2)], rel=1e-4)
     assert all(math.isfinite(float(value)) for row in rows[1:] for value in row)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and "step 3/3" in lines[1]
@@ -760,11 +762,14 @@ def test_bundled_set_trains_without_folders(tmp_path):
     (["train", "--a", "empty"], "--a and --b go together"),
     (["train", "--model", "cyclegam"], "--model cyclegam: choose from scheme1"),
     (["train", "--size", "66"], "--size 66: must be a multiple of 4"),
-    (["train", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
+    (["train", "--batch-size", "0"], "--batch-size 0: must be between 1"),
     (["train", "--lr", "fast"], "--lr: invalid float"),
-    (["train", "--lr", "nan"], "--lr nan"),
+    (["train", "--lr", "nan"], "--lr nan: must be between 0"),
+    (["train", "--seed", "-1"], "--seed -1: must be between 0"),
     (["train", "--l-gan", "0", "--l-paired", "0"], "without a discriminator"),
-    (["train", "--r", "2"], "--r 2.0"),
+    (["train", "--r", "2"], "--r 2.0: must be between 0 and 1"),
+    (["train", "--resize", "32"], "--resize 32: must be at least --size, 64"),
+    (["train", "--out", "broken/x.png"], "--out broken/x.png: is a file"),
     (["train", "--device", "meta"], "--device meta"),
     (["train", "--device", "gpu"], "--device gpu"),
     (["train", "--a", "broken", "--b", "broken", "--steps", "1"], "x.png: not a readable image"),
