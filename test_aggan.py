@@ -40,6 +40,10 @@ def run(*arguments, **options):
     return subprocess.run([sys.executable, str(ROOT / "aggan.py"), *map(str, arguments)],
                           capture_output=True, text=True, timeout=100, **options)
 
+def command_line(fields):
+    """Fields of Config as options."""
+    return [x for name, value in fields.items() for x in (aggan.flag(name), value)]
+
 # ---------------------------------------- 0. the module ----------------------------------------
 
 def test_import_has_no_side_effects(tmp_path):
@@ -720,7 +724,7 @@ def test_configure_layers():
         assert weights.items() <= config.items()
 
 def test_command_line_end_to_end(folders):
-    small = [x for k, v in TINY.items() for x in ("--" + k.replace("_", "-"), v)]
+    small = command_line(TINY)
     out = folders / "runs" / "one"
     command = ["train", "--a", folders / "trainA", "--b", folders / "trainB", "--out", out, *small]
     done = run(*command, "--epochs", 1)
@@ -743,7 +747,7 @@ def test_command_line_end_to_end(folders):
 def test_a_bad_image_in_a_loading_process_gets_one_line(folders):
     for i in range(10, 15):  # not among those of the sample grid
         (folders / "trainA" / f"{i}.png").write_text("not a picture")
-    small = [x for k, v in dict(TINY, workers=1).items() for x in ("--" + k.replace("_", "-"), v)]
+    small = command_line(dict(TINY, workers=1))
     command = ["train", "--a", folders / "trainA", "--b", folders / "trainB", "--out", folders / "run"]
     done = run(*command, *small)
     assert done.returncode == 2 and done.stderr.count("\n") == 1

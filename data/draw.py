@@ -89,7 +89,7 @@ def draw_background(rng):
         y, x = rng.uniform(horizon + 0.05 * FULL, FULL), rng.uniform(0, FULL)
         r = rng.uniform(0.006, 0.012) * FULL
         draw.ellipse((x - r, y - r, x + r, y + r), fill=hsv(rng.choice([52, 330, 285, 215]), 0.55, 0.95))
-    return image, horizon
+    return image
 
 
 def capsule(draw, points, widths, fill):
@@ -157,7 +157,8 @@ def draw_animal(rng, image, mask, striped, place_x, ground_y, length):
         for k in range(math.ceil(1.2 * leg / band)):  # rings on the legs
             top = ground_y - k * band
             rings.rectangle((0, top - 0.5 * band, FULL, top), fill=dark)
-        coat.paste(legs.crop((0, round(y + 0.95 * fat), FULL, FULL)), (0, round(y + 0.95 * fat)))
+        waist = round(y + 0.95 * fat)
+        coat.paste(legs.crop((0, waist, FULL, FULL)), (0, waist))
         tail = dark
     else:
         base = hsv(rng.uniform(16, 28), rng.uniform(0.55, 0.78), rng.uniform(0.40, 0.68))
@@ -191,7 +192,7 @@ def draw_animal(rng, image, mask, striped, place_x, ground_y, length):
 def draw_scene(seed, striped):
     """One scene -> (RGB image, black-and-white mask), both SIZE x SIZE."""
     rng = Random(seed)
-    image, horizon = draw_background(rng)
+    image = draw_background(rng)
     mask = Image.new("L", image.size)
     if rng.random() < 0.75:
         places, shortest, longest = [rng.uniform(0.40, 0.60)], 0.36, 0.47
