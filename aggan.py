@@ -19,9 +19,12 @@ are this file's own, used all through it):
    (10) objective      r (l_cycle L_cycle + l_pixel L_pixel + l_identity L_identity)
                        + (1 - r) (l_gan L_GAN + l_paired L_AGAN + l_tv L_tv)       `weigh`
 
-  --model | paper                                            | generator            | attention
-  scheme1 | AGGAN, Tang et al. 2019, arXiv 1903.12296        | `SchemeOneGenerator` | one sigmoid mask
-  scheme2 | AttentionGAN, Tang et al. 2021, arXiv 1911.11897 | `SchemeTwoGenerator` | softmax over n masks
+  --model  | paper                                            | generator            | attention
+  scheme1  | AGGAN, Tang et al. 2019, arXiv 1903.12296        | `SchemeOneGenerator` | one sigmoid mask
+  scheme2  | AttentionGAN, Tang et al. 2021, arXiv 1911.11897 | `SchemeTwoGenerator` | softmax over n masks
+  cyclegan | CycleGAN, Zhu et al. 2017, arXiv 1703.10593      | `CycleGANGenerator`  | none: all is new
+  mejjati  | Mejjati et al. 2018, arXiv 1806.02311            | `GatedGenerator`     | an `AttentionNetwork`'s
+  guided   | Lin et al. 2021, spatial guidance, WACV          | `GuidedGenerator`    | a discriminator's
 
 Shapes: B batch, H x W image size (multiples of 4), n masks, the last one the background's.
 Images are (B, 3, H, W) in [-1, 1]; masks are in [0, 1].
@@ -46,7 +49,6 @@ import random
 import re
 import sys
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +59,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 
 # ======================================== Part I: the method ========================================
 # ---------------------------------------- 1. the fusion formula ----------------------------------------
@@ -77,8 +79,7 @@ def fuse(x: Tensor, attention: Tensor, content: Tensor) -> Tensor:
     """Eq. (1): new content where the foreground masks look, the input itself where the background mask does.
 
     x (B, 3, H, W), attention (B, n, H, W), content (B, n-1, 3, H, W) -> (B, 3, H, W).
-    ValueError where n masks do not meet n - 1 contents.
-    """
+    ValueError where n masks do not meet n - 1 contents."""
     if attention.shape[1] != content.shape[1] + 1:
         raise ValueError(f"{attention.shape[1]} masks need one content fewer, not {content.shape[1]}")
     foreground, background = attention[:, :-1], attention[:, -1:]     # (B, n-1, H, W), (B, 1, H, W)
@@ -90,9 +91,7 @@ NORMS = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}  # the first wi
 
 def conv_block(in_channels: int, out_channels: int, kernel: int, stride: int = 1, norm: str = "instance"):
     """Convolution, norm, ReLU: c7s1-k and 3x3 layers (reflection padded), dk with stride 2 (zero padded).
-
-    (B, in_channels, H, W) -> (B, out_channels, H/stride, W/stride).
-    """
+    (B, in_channels, H, W) -> (B, out_channels, H/stride, W/stride)."""
     padding_mode = "reflect" if stride == 1 else "zeros"
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, padding_mode=padding_mode),
@@ -100,7 +99,6 @@ def conv_block(in_channels: int, out_channels: int, kernel: int, stride: int = 1
 
 class ResidualBlock(nn.Module):
     """Rk (He et al. 2016, as in CycleGAN): two 3x3 convolutions, nothing after the sum. Keeps its shape."""
-
     def __init__(self, channels: int, norm: str = "instance"):
         super().__init__()
         self.body = nn.Sequential(conv_block(channels, channels, 3, norm=norm),
@@ -112,7 +110,6 @@ class ResidualBlock(nn.Module):
 
 class Encoder(nn.Sequential):
     """c7s1-64 d128 d256 R256 x blocks: (B, 3, H, W) -> (B, 4*width, H/4, W/4)."""
-
     def __init__(self, width: int = 64, blocks: int = 9, norm: str = "instance"):
         super().__init__(conv_block(3, width, 7, norm=norm),
                          conv_block(width, 2 * width, 3, stride=2, norm=norm),
@@ -121,7 +118,6 @@ class Encoder(nn.Sequential):
 
 class Decoder(nn.Sequential):
     """u128 u64 c7s1-k, neither norm nor activation at the end: (B, 4*width, H/4, W/4) -> (B, k, H, W)."""
-
     def __init__(self, out_channels: int, width: int = 64, norm: str = "instance"):
         def up(channels):
             return [nn.ConvTranspose2d(2 * channels, channels, 3, stride=2, padding=1, output_padding=1),
@@ -130,13 +126,10 @@ class Decoder(nn.Sequential):
                          nn.Conv2d(width, out_channels, 7, padding=3, padding_mode="reflect"))
 
 # ---------------------------------------- 3. generators ----------------------------------------
+# forward of each: (B, 3, H, W) in [-1, 1] -> `Translation`; H and W are multiples of 4, at least 8.
 
 class SchemeOneGenerator(nn.Module):
-    """Scheme I (Tang 2019; Eq. 2): one decoder gives one attention mask and one content image.
-
-    forward: (B, 3, H, W) in [-1, 1] -> `Translation` with n = 2. H and W are multiples of 4, at least 8.
-    """
-
+    """Scheme I (Tang 2019; Eq. 2): one decoder gives one attention mask and one content image; n = 2."""
     def __init__(self, width: int = 64, blocks: int = 9, norm: str = "instance"):
         super().__init__()
         self.encoder = Encoder(width, blocks, norm)
@@ -144,17 +137,13 @@ class SchemeOneGenerator(nn.Module):
 
     def forward(self, x: Tensor) -> Translation:
         mask, content = self.decoder(self.encoder(x)).split([1, 3], dim=1)
-        mask = mask.sigmoid()                                # (B, 1, H, W)
-        attention = torch.cat([mask, 1 - mask], dim=1)       # (B, 2, H, W)
-        content = content.tanh()[:, None]                    # (B, 1, 3, H, W)
+        mask = mask.sigmoid()                                           # (B, 1, H, W)
+        attention = torch.cat([mask, 1 - mask], dim=1)                  # (B, 2, H, W)
+        content = content.tanh()[:, None]                               # (B, 1, 3, H, W)
         return Translation(fuse(x, attention, content), attention, content)
 
 class SchemeTwoGenerator(nn.Module):
-    """Scheme II (Tang 2021; Eq. 3): a shared encoder; one decoder for n masks, one for n - 1 contents.
-
-    forward: (B, 3, H, W) in [-1, 1] -> `Translation` with n = masks. H and W are multiples of 4, at least 8.
-    """
-
+    """Scheme II (Tang 2021; Eq. 3): a shared encoder; one decoder for n masks, one for n - 1 contents."""
     def __init__(self, width: int = 64, blocks: int = 9, masks: int = 10, norm: str = "instance"):
         super().__init__()
         self.encoder = Encoder(width, blocks, norm)                     # G_E
@@ -168,6 +157,57 @@ class SchemeTwoGenerator(nn.Module):
         content = content.unflatten(1, (-1, 3))                         # (B, n-1, 3, H, W)
         return Translation(fuse(x, attention, content), attention, content)
 
+class CycleGANGenerator(nn.Module):
+    """Zhu 2017, the baseline: without attention, which makes the masks constants, 1 and 0; n = 2."""
+    def __init__(self, width: int = 64, blocks: int = 9, norm: str = "instance"):
+        super().__init__()
+        self.encoder = Encoder(width, blocks, norm)
+        self.decoder = Decoder(3, width, norm)
+
+    def forward(self, x: Tensor) -> Translation:
+        content = self.decoder(self.encoder(x)).tanh()[:, None]         # (B, 1, 3, H, W)
+        mask = torch.ones_like(x[:, :1])                                # (B, 1, H, W)
+        attention = torch.cat([mask, 1 - mask], dim=1)                  # (B, 2, H, W)
+        return Translation(fuse(x, attention, content), attention, content)
+
+class AttentionNetwork(nn.Sequential):
+    """Mejjati 2018: what is to be changed? (B, 3, H, W) -> (B, 1, H, W) in [0, 1]."""
+    def __init__(self, width: int = 32, norm: str = "instance"):
+        super().__init__(conv_block(3, width, 7, stride=2, norm=norm),
+                         conv_block(width, 2 * width, 3, stride=2, norm=norm), ResidualBlock(2 * width, norm),
+                         nn.Upsample(scale_factor=2), conv_block(2 * width, 2 * width, 3, norm=norm),
+                         nn.Upsample(scale_factor=2), conv_block(2 * width, width, 3, norm=norm),
+                         nn.Conv2d(width, 1, 7, padding=3, padding_mode="reflect"), nn.Sigmoid())
+
+class GatedGenerator(nn.Module):
+    """Mejjati 2018: F, CycleGAN's, sees the foreground alone: a F(a x) + (1 - a) x; n = 2."""
+    def __init__(self, width: int = 64, blocks: int = 9, norm: str = "instance"):
+        super().__init__()
+        self.attention = AttentionNetwork(max(1, width // 2), norm)
+        self.generator = CycleGANGenerator(width, blocks, norm)
+        self.frozen = False  # set by `switch`: the attention network learns no more
+
+    def forward(self, x: Tensor) -> Translation:
+        mask = self.attention(x)                                        # (B, 1, H, W)
+        mask = mask.detach() if self.frozen else mask
+        attention = torch.cat([mask, 1 - mask], dim=1)                  # (B, 2, H, W)
+        content = self.generator(mask * x).content                      # (B, 1, 3, H, W)
+        return Translation(fuse(x, attention, content), attention, content)
+
+class GuidedGenerator(nn.Module):
+    """Lin 2021: CycleGAN's generator sees x (1 + a), with a from the discriminator of x's own domain, without
+    gradient; n = 2. Not fused: the image is the generator's, (a, 1 - a) only reported."""
+    def __init__(self, discriminator: nn.Module, width: int = 64, blocks: int = 9, norm: str = "instance"):
+        super().__init__()
+        self.generator = CycleGANGenerator(width, blocks, norm)
+        self.guide = (discriminator,)  # in a tuple, so that its weights are not this network's too
+
+    def forward(self, x: Tensor) -> Translation:
+        with torch.no_grad():
+            mask = self.guide[0].attention(x)                           # (B, 1, H, W)
+        image, _, content = self.generator(x * (1 + mask))
+        return Translation(image, torch.cat([mask, 1 - mask], dim=1), content)
+
 # ---------------------------------------- 4. discriminators ----------------------------------------
 
 class PatchDiscriminator(nn.Module):
@@ -176,8 +216,7 @@ class PatchDiscriminator(nn.Module):
     patch (Isola et al. 2017): C64 C128 C256 stride 2, C512 stride 1, conv to one map; no norm in C64. Each
     logit sees 70 x 70 pixels. (B, in_channels, H, W) -> (B, 1, H//8 - 2, W//8 - 2); H, W >= 24.
     pooled (Tang 2019): C64 C128 C256 C512 stride 2, C512 stride 1 without norm, average, conv to one number.
-    (B, in_channels, H, W) -> (B, 1, 1, 1); H, W >= 32.
-    """
+    (B, in_channels, H, W) -> (B, 1, 1, 1); H, W >= 32."""
 
     def __init__(self, in_channels: int = 3, width: int = 64, norm: str = "instance", head: str = "patch"):
         super().__init__()
@@ -189,25 +228,63 @@ class PatchDiscriminator(nn.Module):
                     *([NORMS[norm](outputs)] if normed else []), nn.LeakyReLU(0.2, inplace=True)]
 
         pooled = head == "pooled"
-        layers = [*block(in_channels, width, 2, normed=pooled), *block(width, 2 * width, 2),
-                  *block(2 * width, 4 * width, 2), *block(4 * width, 8 * width, 2 if pooled else 1)]
-        if pooled:
-            layers += [*block(8 * width, 8 * width, 1, normed=False), nn.AdaptiveAvgPool2d(1)]
-        layers += [nn.Conv2d(8 * width, 1, 1) if pooled else nn.Conv2d(8 * width, 1, 4, padding=1)]
-        self.layers = nn.Sequential(*layers)
+        self.stem = nn.Sequential(*block(in_channels, width, 2, normed=pooled))
+        self.trunk = nn.Sequential(*block(width, 2 * width, 2), *block(2 * width, 4 * width, 2))
+        self.head = nn.Sequential(*block(4 * width, 8 * width, 2 if pooled else 1), *(
+            [*block(8 * width, 8 * width, 1, normed=False), nn.AdaptiveAvgPool2d(1),
+             nn.Conv2d(8 * width, 1, 1)] if pooled else [nn.Conv2d(8 * width, 1, 4, padding=1)]))
+        self.normed = True  # set by `switch`: whether the norms are used
+
+    def run(self, layers: nn.Sequential, x: Tensor) -> Tensor:
+        for layer in layers:
+            if self.normed or not isinstance(layer, tuple(NORMS.values())):
+                x = layer(x)
+        return x
+
+    def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head reads and what `attention` averages, (B, 4*width, H/8, W/8) each."""
+        features = self.run(self.trunk, self.run(self.stem, x))
+        return features, features.abs()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+        return self.run(self.head, self.look(x)[0])
 
-# What a discriminator sees of an image and a foreground mask.
+    def attention(self, x: Tensor) -> Tensor:
+        """PHA (Lin 2021): where the third block responds. Images -> (B, 1, H, W) in [0, 1]."""
+        a = self.look(x)[1].mean(1, keepdim=True)
+        low, high = a.amin((2, 3), keepdim=True), a.amax((2, 3), keepdim=True)
+        return F.interpolate((a - low) / (high - low).clamp(min=1e-6), size=x.shape[-2:], mode="bilinear")
+
+class ResidualAttentionDiscriminator(PatchDiscriminator):
+    """With TAM (Lin 2021, after Wang et al. 2017): `attention` is m, learnt beside the trunk; the head reads
+    (1 + m) * trunk. Shapes as above."""
+    def __init__(self, in_channels: int = 3, width: int = 64, norm: str = "instance", head: str = "patch"):
+        super().__init__(in_channels, width, norm, head)
+        wide = 4 * width
+        self.branch = nn.Sequential(
+            nn.MaxPool2d(3, 2, padding=1), conv_block(width, 2 * width, 3, norm=norm),
+            nn.MaxPool2d(3, 2, padding=1), conv_block(2 * width, wide, 3, norm=norm),
+            conv_block(wide, wide, 3, norm=norm), conv_block(wide, wide, 3, norm=norm))
+        self.mix = nn.Sequential(nn.Conv2d(wide, wide, 1), nn.ReLU(), nn.Conv2d(wide, wide, 1), nn.Sigmoid())
+
+    def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        stem = self.run(self.stem, x)                                   # (B, width, H/2, W/2)
+        trunk = self.run(self.trunk, stem)                              # (B, 4*width, H/8, W/8)
+        mask = F.interpolate(self.branch(stem), size=trunk.shape[-2:], mode="bilinear")
+        mask = self.mix(mask)                                           # (B, 4*width, H/8, W/8) in [0, 1]
+        return (1 + mask) * trunk, mask
 
 def whole(image: Tensor, mask: Tensor) -> Tensor:
-    """The image alone: the vanilla discriminator, Eq. (4). (B, 3, H, W)."""
+    """What a discriminator sees of an image and its foreground mask: the image, Eq. (4). (B, 3, H, W)."""
     return image
 
 def paired(image: Tensor, mask: Tensor) -> Tensor:
     """Mask and image: the attention-guided discriminator, Eq. (5). (B, 1 + 3, H, W)."""
     return torch.cat([mask, image], dim=1)
+
+def masked(image: Tensor, mask: Tensor, tau: float = 0.1) -> Tensor:
+    """Mejjati 2018: the foreground, where mask >= tau, on grey (0). (B, 3, H, W)."""
+    return image * (mask >= tau)
 
 # ---------------------------------------- 5. losses ----------------------------------------
 
@@ -215,8 +292,7 @@ def adversarial_loss(logits: Tensor, real: bool, kind: str = "lsgan") -> Tensor:
     """Eqs. (4) and (5): how far `logits` (any shape) are from the verdict "real" or "fake"; a scalar.
 
     lsgan (Mao et al. 2017): mean (logit - target)^2. vanilla (the papers' log form): mean cross-entropy; the
-    generator asks for `real=True`, the non-saturating form. ValueError for another kind.
-    """
+    generator asks for `real=True`, the non-saturating form. ValueError for another kind."""
     target = torch.ones_like(logits) if real else torch.zeros_like(logits)  # nothing to broadcast
     if kind == "lsgan":
         return F.mse_loss(logits, target)
@@ -237,28 +313,26 @@ def identity_loss(same: Tensor, real: Tensor) -> Tensor:
     return F.l1_loss(same, real)
 
 def total_variation_loss(mask: Tensor) -> Tensor:
-    """Eq. (9), Tang 2019: the mask's steps between neighbours, summed over n, H and W, mean over B.
-
-    (B, n, H, W) -> a scalar.
-    """
+    """Eq. (9), Tang 2019: steps between neighbours, a sum over n, H, W; B's mean. (B, n, H, W) -> scalar."""
     down = (mask[:, :, 1:] - mask[:, :, :-1]).abs().sum()
     across = (mask[..., 1:] - mask[..., :-1]).abs().sum()
     return (down + across) / mask.shape[0]
 
 # ---------------------------------------- 6. the objective ----------------------------------------
 
-@dataclass
+@dataclasses.dataclass
 class Config:
-    """One run. Each field is an option of `train`, its comment the help text. In order of precedence: command
-    line, MINI (on the mini set), PRESETS (by model), OBJECTIVES, the defaults below."""
-    model: str = "scheme2"         # scheme1 or scheme2
-    objective: str = "final"       # weights, r and rate: final (the papers) or released (the authors' code)
+    """One run; each field is an option of `train`. Command line overrides MINI (the mini set's), that PRESETS
+    (by model), those OBJECTIVES, and those the defaults here."""
+    model: str = "scheme2"         # scheme1, scheme2, cyclegan, mejjati or guided
+    objective: str = "final"       # weights, r, rate: final (the papers; scheme1, scheme2) or released (code)
     a: str = ""                    # folder of domain A; without --a and --b: the bundled mini set
     b: str = ""                    # folder of domain B
     out: str = ""                  # run folder; default runs/MODEL, on the mini set runs/mini-MODEL
     width: int = 64                # channels of the first layers
     blocks: int = 9                # residual blocks of a generator
     masks: int = 10                # n of scheme II: n - 1 foreground masks and the background
+    attention_map: str = "pha"     # of guided's discriminators: pha or tam
     norm: str = "instance"         # instance or batch
     head: str = "patch"            # of the discriminators: patch or pooled
     gan: str = "lsgan"             # adversarial loss: lsgan or vanilla
@@ -270,6 +344,8 @@ class Config:
     l_tv: float = 1e-6             # weight of L_tv, Eq. 9
     r: float = 0.5                 # of Eq. 10: 0.01 for 5 % of the run, then this; 0: no r, both factors 1
     r_ramp: float = 0.0            # fraction of the run over which r rises to its value; 0: the papers' step
+    tau: float = 0.0               # from the switch on, discriminators see only where mask >= tau; 0: all
+    switch: float = 0.3            # fraction of the run before tau; then attention networks are frozen
     size: int = 256                # side of the training crops, a multiple of 4
     resize: int = 286              # shorter side of the images before cropping
     batch_size: int = 1            # pairs a step
@@ -286,42 +362,57 @@ class Config:
 OBJECTIVES = {  # fields that --objective sets
     "final": {},
     "released": dict(l_gan=1.0, l_paired=0.0, l_identity=5.0, l_pixel=0.0, l_tv=0.0, r=0.0, lr=2e-4)}
-PRESETS: dict[str, dict] = {"scheme1": {}, "scheme2": {}}  # fields that --model sets
-MINI = dict(size=64, resize=72, width=16, blocks=3, r=0.5, r_ramp=1.0, steps=2000, lr=4e-4, workers=0,
-            log_every=50, save_every=400)  # fields that a run on the bundled mini set sets
+PRESETS: dict[str, dict] = {  # fields that --model sets
+    "scheme1": {}, "scheme2": {}, "cyclegan": dict(objective="released"),
+    "mejjati": dict(objective="released", l_identity=0.0, lr=1e-4, tau=0.1),
+    "guided": dict(objective="released", l_identity=0.0)}
 
 def build(config: Config) -> nn.ModuleDict:
     """The networks: g_ab, g_ba, and the discriminators of weights other than 0 (d_a judges images of A)."""
-    nets = nn.ModuleDict()
-    for direction in ("ab", "ba"):
-        if config.model == "scheme1":
-            generator = SchemeOneGenerator(config.width, config.blocks, config.norm)
-        else:
-            generator = SchemeTwoGenerator(config.width, config.blocks, config.masks, config.norm)
-        nets["g_" + direction] = generator
+    sizes, generators, discriminators = (config.width, config.blocks, config.norm), {}, {}
     for domain in ("a", "b"):
+        tam = config.model == "guided" and config.attention_map == "tam"
+        kind = ResidualAttentionDiscriminator if tam else PatchDiscriminator
         if config.l_gan:
-            nets["d_" + domain] = PatchDiscriminator(3, config.width, config.norm, config.head)
+            discriminators["d_" + domain] = kind(3, config.width, config.norm, config.head)
         if config.l_paired:
-            nets["paired_" + domain] = PatchDiscriminator(1 + 3, config.width, config.norm, config.head)
-    for module in nets.modules():  # N(0, 0.02), as in DCGAN
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.normal_(module.weight, 0.0, 0.02)
+            discriminators["paired_" + domain] = kind(1 + 3, config.width, config.norm, config.head)
+    plain = {"scheme1": SchemeOneGenerator, "cyclegan": CycleGANGenerator, "mejjati": GatedGenerator}
+    for source, target in ("ab", "ba"):
+        if config.model == "scheme2":
+            generator = SchemeTwoGenerator(config.width, config.blocks, config.masks, config.norm)
+        elif config.model == "guided":
+            generator = GuidedGenerator(discriminators["d_" + source], *sizes)
+        else:
+            generator = plain[config.model](*sizes)
+        generators[f"g_{source}{target}"] = generator
+    nets = nn.ModuleDict(generators | discriminators)
+    for module in nets.modules():  # N(0, 0.02), a norm's weights N(1, 0.02), as in DCGAN
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
+            nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight, 1.0, 0.02)
     return nets
 
-def judges(nets: nn.ModuleDict, domain: str) -> list[tuple]:
-    """The discriminators of a domain: (its loss term, network, view)."""
-    table = ("gan", "d_" + domain, whole), ("paired", "paired_" + domain, paired)
+def switch(nets: nn.ModuleDict, config: Config, progress: float):
+    """What the vanilla discriminators see: `whole`, or, if tau is not 0, `masked` from config.switch on. From
+    then on attention networks are frozen, lest they collapse, and discriminators do without their norms, in
+    which the blank background would count (Mejjati 2018)."""
+    late = config.tau > 0 and progress >= config.switch
+    for module in nets.modules():
+        if isinstance(module, GatedGenerator):
+            module.frozen = late
+        elif isinstance(module, PatchDiscriminator):
+            module.normed = not late
+    return functools.partial(masked, tau=config.tau) if late else whole
+
+def judges(nets: nn.ModuleDict, domain: str, view) -> list[tuple]:
+    """The discriminators of a domain, as (loss term, network, view); `view` is the vanilla one's."""
+    table = ("gan", "d_" + domain, view), ("paired", "paired_" + domain, paired)
     return [(term, nets[name], view) for term, name, view in table if name in nets]
 
 def curriculum(config: Config, progress: float) -> tuple[float, float]:
     """The factors (r, 1 - r) of Eq. (10) at `progress` in [0, 1]; (1, 1) without a curriculum.
-
-    The papers step from 0.01 to r; in a short run that drives the attention to 0, and `r_ramp` does not.
-    """
+    The papers step from 0.01 to r; in a short run that drives the attention to 0, and `r_ramp` does not."""
     if not config.r:
         return 1.0, 1.0
     r = 0.01 if progress < 0.05 else config.r * min(1.0, progress / max(config.r_ramp, 0.05))
@@ -334,17 +425,16 @@ def weigh(losses: dict[str, Tensor], config: Config, progress: float) -> Tensor:
     return sum(factors[term] * getattr(config, "l_" + term) * loss for term, loss in losses.items())
 
 def generator_objective(nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor, config: Config, progress: float):
-    """Eq. (10) for both directions. real_a, real_b (B, 3, H, W).
+    """Eq. (10) for both directions: real_a, real_b (B, 3, H, W) -> the total, its terms (sums of both
+    directions, unweighted) and the Translations fake_a, fake_b.
 
-    Returns the total, its terms (sums of both directions, unweighted) and the Translations fake_a, fake_b.
-    Terms of weight 0 are not computed. Masks are not detached: they learn from the paired discriminator too.
-    """
-    losses, fakes = collections.defaultdict(lambda: 0), {}
+    Terms of weight 0 are not computed. Masks are not detached: the paired discriminators teach them too."""
+    losses, fakes, view = collections.defaultdict(lambda: 0), {}, switch(nets, config, progress)
     for source, target, x, y in (("a", "b", real_a, real_b), ("b", "a", real_b, real_a)):
         g, g_back = nets[f"g_{source}{target}"], nets[f"g_{target}{source}"]
         fakes[target] = fake = g(x)
-        for term, discriminator, view in judges(nets, target):
-            logits = discriminator(view(fake.image, fake.foreground))
+        for term, discriminator, see in judges(nets, target, view):
+            logits = discriminator(see(fake.image, fake.foreground))
             losses[term] = losses[term] + adversarial_loss(logits, True, config.gan)
         if config.l_cycle:
             losses["cycle"] = losses["cycle"] + cycle_loss(g_back(fake.image).image, x)
@@ -356,24 +446,23 @@ def generator_objective(nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor, con
             losses["tv"] = losses["tv"] + total_variation_loss(fake.foreground)
     return weigh(losses, config, progress), losses, fakes["a"], fakes["b"]
 
-def discriminator_objective(nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor, fake_a: tuple, fake_b: tuple,
-                            config: Config):
+def discriminator_objective(nets: nn.ModuleDict, real_a: tuple, real_b: tuple, fake_a: tuple, fake_b: tuple,
+                            config: Config, progress: float):
     """Eqs. (4) and (5) for the discriminators, halved; returns the total and its terms.
 
-    real_a, real_b (B, 3, H, W); fake_a, fake_b: (image, mask), detached, from the pools. As in Eq. (5), the
-    paired discriminator sees the fake's mask beside the real image too.
-    """
-    losses = collections.defaultdict(lambda: 0)
-    for domain, real, (fake, mask) in (("a", real_a, fake_a), ("b", real_b, fake_b)):
-        for term, discriminator, view in judges(nets, domain):
-            on_real = adversarial_loss(discriminator(view(real, mask)), True, config.gan)
-            on_fake = adversarial_loss(discriminator(view(fake, mask)), False, config.gan)
+    All four are (image, mask), detached: a fake and the mask that made it, a real image and the mask of its
+    own translation. As in Eq. (5), `paired` sees the fake's mask beside the real image too."""
+    losses, view = collections.defaultdict(lambda: 0), switch(nets, config, progress)
+    for domain, (real, own), (fake, mask) in (("a", real_a, fake_a), ("b", real_b, fake_b)):
+        for term, discriminator, see in judges(nets, domain, view):
+            seen = see(real, mask if see is paired else own)
+            on_real = adversarial_loss(discriminator(seen), True, config.gan)
+            on_fake = adversarial_loss(discriminator(see(fake, mask)), False, config.gan)
             losses["d_" + term] = losses["d_" + term] + (on_real + on_fake) / 2
     return sum(losses.values()), losses
 
 class ImagePool:
     """Up to `size` earlier fakes, each with its mask: a discriminator's memory (Shrivastava et al. 2017)."""
-
     def __init__(self, size: int = 50):
         self.size, self.items = size, []
 
@@ -397,7 +486,9 @@ class ImagePool:
 class BadInput(Exception):
     """Something the user gave is no use: the command line prints this one line and exits with status 2."""
 
-DATA = Path(__file__).resolve().parent / "data"  # the bundled mini set
+DATA = Path(__file__).resolve().parent / "data"  # the bundled mini set; below, the fields that it sets
+MINI = dict(size=64, resize=72, width=16, blocks=3, r=0.5, r_ramp=1.0, steps=2000, lr=4e-4, workers=0,
+            log_every=50, save_every=400)
 
 def list_images(folder: str | Path) -> list[Path]:
     """The folder's image files, sorted by path, subfolders included. BadInput where there is none."""
@@ -422,17 +513,13 @@ def to_tensor(image: Image.Image) -> Tensor:
     """RGB image -> (3, H, W) in [-1, 1]."""
     return TF.to_tensor(image) * 2 - 1
 
-def to_image(x: Tensor) -> Image.Image:
-    """(3 or 1, H, W) in [0, 1] -> RGB or grey; rounded, so that a copied pixel keeps its value."""
-    return TF.to_pil_image((255 * x).round().clamp(0, 255).byte().cpu())
+def to_bytes(x: Tensor) -> Tensor:
+    """[0, 1] -> 0 to 255, rounded, so that a copied pixel keeps its value."""
+    return (255 * x).round().clamp(0, 255).byte().cpu()
 
 def shrink(image: Image.Image, size: int) -> Image.Image:
     """The shorter side becomes `size`; proportions stay."""
     return TF.resize(image, size, TF.InterpolationMode.BICUBIC)
-
-def sample_image(path: Path, size: int) -> Tensor:
-    """For the sample grids: resized, the middle cut out. (3, size, size) in [-1, 1]."""
-    return to_tensor(TF.center_crop(shrink(load_image(path), size), size))
 
 @functools.lru_cache(maxsize=4)
 def permutation(n: int, key: str) -> list[int]:
@@ -442,8 +529,7 @@ class UnpairedImages(Dataset):
     """Pairs (real_a, real_b) of (3, size, size) in [-1, 1]: resized, randomly cropped, randomly mirrored.
 
     Pair i is a function of `seed` and i alone, for any i >= 0 (give a loader a sampler): a resumed run sees
-    what an uninterrupted one would have. Each folder is walked in shuffled passes; len() is the longer's.
-    """
+    what an uninterrupted one would have. Each folder is walked in shuffled passes; len() is the longer's."""
 
     def __init__(self, folder_a, folder_b, size: int = 256, resize: int = 286, seed: int = 0):
         self.paths = {"a": list_images(folder_a), "b": list_images(folder_b)}
@@ -467,8 +553,7 @@ class UnpairedImages(Dataset):
 def panels(x: Tensor, t: Translation) -> Tensor:
     """(B, 3, H, W) and its translation -> (B, 4, 3, H, W): input, foreground attention, content, translation.
 
-    The content shown is the mean of the n - 1 contents, weighted by their masks.
-    """
+    The content shown is the mean of the n - 1 contents, weighted by their masks."""
     weight = t.attention[:, :-1, None] + 1e-6
     content = (weight * t.content).sum(1) / weight.sum(1)
     return torch.stack([x, (t.foreground * 2 - 1).expand_as(x), content, t.image], dim=1)
@@ -497,11 +582,11 @@ def learning_rate(config: Config, progress: float) -> float:
     """Constant for the first half of the run, then linearly to 0 at progress = 1."""
     return config.lr * min(1.0, 2 - 2 * progress)
 
-FORMAT = 1  # of the checkpoints
+FORMAT = 2  # of the checkpoints
+UNREADABLE = RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError
 
 class Trainer:
     """Networks, optimisers, pools, position of a run: all that a checkpoint holds, and the training step."""
-
     def __init__(self, config: Config, total: int, device: torch.device):
         torch.manual_seed(config.seed)
         self.config, self.total, self.step = config, total, 0
@@ -529,12 +614,13 @@ class Trainer:
 
     def train_step(self, real_a: Tensor, real_b: Tensor) -> dict[str, Tensor]:
         """Generators, then discriminators on pooled fakes. Returns the loss terms and the masks' means."""
-        loss, terms, fake_a, fake_b = generator_objective(
-            self.nets, real_a, real_b, self.config, self.progress)
+        at = self.config, self.progress
+        loss, terms, fake_a, fake_b = generator_objective(self.nets, real_a, real_b, *at)
         self.update("g", loss)
         pooled = [pool.query(fake.image, fake.foreground)
                   for pool, fake in ((self.pools["a"], fake_a), (self.pools["b"], fake_b))]
-        loss, judged = discriminator_objective(self.nets, real_a, real_b, *pooled, self.config)
+        reals = (real_a, fake_b.foreground.detach()), (real_b, fake_a.foreground.detach())
+        loss, judged = discriminator_objective(self.nets, *reals, *pooled, *at)
         self.update("d", loss)
         self.step += 1
         figures = {**terms, **judged, "attention_ab": fake_b.foreground.mean(),
@@ -580,7 +666,7 @@ def load_checkpoint(run: str | Path, device: torch.device) -> dict:
             raise ValueError
         state["config"] = Config(**state["config"])
         return state
-    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
+    except UNREADABLE:
         raise BadInput(f"{path}: not a checkpoint of this program") from None
 
 def save_samples(path: Path, nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor):
@@ -589,7 +675,7 @@ def save_samples(path: Path, nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor
     with torch.no_grad():
         rows = [panels(real_a, nets["g_ab"](real_a)), panels(real_b, nets["g_ba"](real_b))]
     nets.train()
-    save_image(make_grid(torch.cat(rows, dim=1).flatten(0, 1) / 2 + 0.5, nrow=8, pad_value=1), path)
+    save_image(torch.cat(rows, dim=1).flatten(0, 1) / 2 + 0.5, path, nrow=8, pad_value=1)
 
 def trim_log(path: Path, step: int):
     """Drops the rows after `step`, which a resumed run writes again."""
@@ -615,7 +701,7 @@ def write_progress(trainer: Trainer, log: Path, per_epoch: int, seconds: float):
           f"{left} left  " + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items()), flush=True)
     for direction in ("ab", "ba"):
         mean = means["attention_" + direction]
-        if mean < 0.005 or mean > 0.995:
+        if mean < 0.005 or 0.995 < mean < 1:  # exactly 1: CycleGAN, which has no mask to lose
             advice = ("copies its input; try --r 0.5 --r-ramp 1, then a lower --r" if mean < 0.5 else
                       "repaints everything; try a higher --l-pixel or --l-identity")
             print(f"warning: g_{direction}'s attention collapsed to {mean:.4f}: it {advice}", file=sys.stderr)
@@ -623,8 +709,7 @@ def write_progress(trainer: Trainer, log: Path, per_epoch: int, seconds: float):
 def train(config: Config, resume: bool = False) -> Path:
     """Trains, leaves checkpoint.pt, log.csv and samples/*.png in the run folder, and returns it.
 
-    BadInput where it holds something already, unless `resume`: that goes on from its checkpoint, if any.
-    """
+    BadInput where it holds something already, unless `resume`: that goes on from its checkpoint, if any."""
     device, out, folders = pick_device(config.device), Path(config.out), domain_folders(config)
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out}: is a file; name a folder")
@@ -636,10 +721,9 @@ def train(config: Config, resume: bool = False) -> Path:
     if resume and (out / "checkpoint.pt").exists():
         trainer.load_state_dict(load_checkpoint(out, device))
     trim_log(out / "log.csv", trainer.step)
-    tests = [list_images(sibling(folder, "train", "test") or folder)[:4] for folder in folders]
-    count = min(map(len, tests))
-    shown = [torch.stack([sample_image(path, config.size) for path in paths[:count]]).to(device)
-             for paths in tests]
+    tests = zip(*(list_images(sibling(folder, "train", "test") or folder)[:4] for folder in folders))
+    shown = [torch.stack([TF.center_crop(to_tensor(shrink(load_image(path), config.size)), config.size)
+                          for path in paths]).to(device) for paths in zip(*tests)]  # as many of A as of B
     (out / "samples").mkdir(parents=True, exist_ok=True)
 
     def save():
@@ -704,9 +788,9 @@ def translate(run, inputs: list, to: str, out, attention: bool = False, device: 
     for target, path in jobs.items():
         t = apply_any_size(generator, to_tensor(load_image(path)).to(device))
         target.parent.mkdir(parents=True, exist_ok=True)
-        to_image(t.image[0] / 2 + 0.5).save(target, quality=95)
+        TF.to_pil_image(to_bytes(t.image[0] / 2 + 0.5)).save(target, quality=95)
         if attention:
-            to_image(t.foreground[0]).save(mask_path(target))
+            TF.to_pil_image(to_bytes(t.foreground[0])).save(mask_path(target))
         print(target, flush=True)
     return list(jobs)
 
@@ -714,8 +798,7 @@ def mask_figures(x: Tensor, t: Translation, mask: Tensor | None) -> dict[str, fl
     """x (1, 3, H, W), its translation, the true foreground (H, W) of bools or None -> one image's figures.
 
     iou: of foreground >= 0.5 against `mask`; background_error, foreground_change: mean |out - in| outside and
-    inside it, images in [0, 1]; mean_attention: mean foreground. NaN where nothing can be measured.
-    """
+    inside it, images in [0, 1]; mean_attention: mean foreground. NaN where nothing can be measured."""
     figures = dict.fromkeys(("iou", "background_error", "foreground_change"), torch.tensor(math.nan))
     if mask is not None:
         change, found = (t.image - x).abs().mean(1)[0] / 2, t.foreground[0, 0] >= 0.5    # (H, W) each
@@ -728,8 +811,7 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", device: str = "auto") -> d
     """Mean figures of test images, shorter side resized to the run's size: {"a2b": {...}, "b2a": {...}}.
 
     Folders not given: testA and testB beside the training folders; masksA and masksB beside those, if any.
-    A mask has its image's name (any extension) and size; white is the foreground. None: not measured.
-    """
+    A mask has its image's name (any extension) and size; white is the foreground. None: not measured."""
     device, results = pick_device(device), {}
     nets, config = load_generators(run, device)
     sides = zip("ab", "ba", (a, b), (masks_a, masks_b), domain_folders(config))
@@ -747,7 +829,8 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", device: str = "auto") -> d
                     raise BadInput(f"{masks}: no mask for {path.name}")
                 mask = TF.to_tensor(load_image(truth[path.stem], "L")).to(device)
                 mask = TF.resize(mask, x.shape[-2:])[0] >= 0.5
-            figures.append(mask_figures(x[None], apply_any_size(nets["g_" + source + target], x), mask))
+            t = apply_any_size(nets["g_" + source + target], x)
+            figures.append(mask_figures(x[None], t, mask))
         means = {k: torch.tensor([f[k] for f in figures]).nanmean().item() for k in figures[0]}
         results[f"{source}2{target}"] = {k: None if math.isnan(v) else v for k, v in means.items()}
     return results
@@ -772,25 +855,32 @@ def configure(given: dict) -> Config:
     if bool(given.get("a")) != bool(given.get("b")):
         raise BadInput("--a and --b go together: one folder for each domain")
     for name, values in dict(model=PRESETS, objective=OBJECTIVES, norm=NORMS, head=("patch", "pooled"),
-                             gan=("lsgan", "vanilla")).items():
+                             gan=("lsgan", "vanilla"), attention_map=("pha", "tam")).items():
         if name in given and given[name] not in values:
             raise BadInput(f"{flag(name)} {given[name]}: choose from {', '.join(values)}")
-    model, objective = given.get("model", Config.model), given.get("objective", Config.objective)
-    mini = {} if given.get("a") else {**MINI, "steps": 0} if "epochs" in given else MINI
+    model = given.get("model", Config.model)
+    objective = {**PRESETS[model], **given}.get("objective", Config.objective)
+    mini = {} if given.get("a") else {**MINI, "steps": 0} if "epochs" in given else {**MINI}
+    if mini and model in ("cyclegan", "guided"):
+        mini["r"] = 0.0  # the ramp is for masks that may collapse: here the generator paints the whole image
     out = "runs/" + ("mini-" if mini else "") + model
     folders = {name: str(Path(given[name]).resolve()) for name in ("a", "b") if given.get(name)}
     config = Config(**{"out": out, **OBJECTIVES[objective], **PRESETS[model], **mini, **given, **folders})
     least = dict(width=1, masks=2, size=32, batch_size=1, epochs=1, log_every=1, save_every=1)  # others: 0
     for name, value in dataclasses.asdict(config).items():
-        low, high = least.get(name, 0), 1 if name in ("r", "r_ramp") else 2**32
+        low, high = least.get(name, 0), 1 if name in ("r", "r_ramp", "tau", "switch") else 2**32
         if not isinstance(value, str) and not low <= value <= high:
             raise BadInput(f"{flag(name)} {value}: must be between {low} and {high}")
-    if config.size % 4:
-        raise BadInput(f"--size {config.size}: must be a multiple of 4")
-    if config.resize < config.size:
-        raise BadInput(f"--resize {config.resize}: must be at least --size, {config.size}")
-    if not (config.l_gan or config.l_paired):
-        raise BadInput("--l-gan 0 --l-paired 0: without a discriminator there is nothing to learn from")
+    for wrong, message in (
+            (config.size % 4, f"--size {config.size}: must be a multiple of 4"),
+            (config.resize < config.size, f"--resize {config.resize}: must be at least --size {config.size}"),
+            (not config.l_gan and not config.l_paired, "--l-gan 0 --l-paired 0: leaves no discriminator"),
+            (model == "cyclegan" and (config.l_paired or config.l_tv or config.tau),
+             "--model cyclegan: has no mask for --l-paired, --l-tv or --tau; leave them 0"),
+            (model == "guided" and (config.tau or not config.l_gan),
+             "--model guided: its discriminators are its attention; needs --l-gan, and --tau 0")):
+        if wrong:
+            raise BadInput(message)
     return config
 
 def run_train(resume: bool, given: dict):
@@ -807,9 +897,8 @@ def run_train(resume: bool, given: dict):
         config = dataclasses.replace(saved, out=config.out, **keep)
         print(f"resuming {checkpoint}")
     if not config.a:
-        length = f"{config.steps} steps" if config.steps else f"{config.epochs} epochs"
         print(f"no folders given (--a, --b): the bundled mini set with mini settings ({config.size} px, "
-              f"width {config.width}, {config.blocks} blocks, {length})")
+              f"width {config.width}, {config.blocks} blocks)")
     out = train(config, resume)
     print(f"done: {out}/samples shows it, {out}/checkpoint.pt is for translate and evaluate")
 
@@ -825,20 +914,19 @@ def main(argv: list[str] | None = None):
                          help=f"{comments[field.name]} [{field.default}]".replace("%", "%%"))
     sub.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint, if any")
 
-    sub = commands.add_parser("translate", help="apply a trained run to images")
-    sub.add_argument("run", help="run folder")
+    common = Parser(add_help=False)
+    common.add_argument("run", help="run folder")
+    common.add_argument("--device", default="auto", help="auto or a PyTorch device")
+    sub = commands.add_parser("translate", help="apply a trained run to images", parents=[common])
     sub.add_argument("inputs", nargs="+", help="images, or folders of them")
     sub.add_argument("--to", choices=("a", "b"), required=True, help="the domain to translate to")
     sub.add_argument("--out", required=True, help="folder for the results")
     sub.add_argument("--attention", action="store_true", help="save the foreground attention too")
-    sub.add_argument("--device", default="auto", help="auto or a PyTorch device")
 
-    sub = commands.add_parser("evaluate", help="measure a run, against true masks where there are any")
-    sub.add_argument("run", help="run folder")
+    sub = commands.add_parser("evaluate", help="measure a run, against true masks if any", parents=[common])
     for name in ("a", "b", "masks_a", "masks_b"):
         sub.add_argument(flag(name), default="", help="folder; default: beside the training folder")
     sub.add_argument("--json", help="write the figures here too")
-    sub.add_argument("--device", default="auto", help="auto or a PyTorch device")
 
     given = vars(parser.parse_args(argv))
     command = given.pop("command")

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import nn
 
 import aggan
-from aggan import Config, ImagePool, PatchDiscriminator, SchemeOneGenerator, SchemeTwoGenerator
+from aggan import (Config, CycleGANGenerator, GatedGenerator, GuidedGenerator, ImagePool, PatchDiscriminator,
+                   ResidualAttentionDiscriminator, SchemeOneGenerator, SchemeTwoGenerator)
 
 ROOT = Path(__file__).parent
 SIZES = [(256, 256), (64, 64), (64, 96)]
@@ -117,13 +118,14 @@ def test_norms_are_the_papers():
     assert len(convolutions) == 3 + 2 + 6 and all(m.bias is not None for m in convolutions)
     for m in convolutions:  # stride 1: reflection; stride 2, down or up: zeros
         assert m.padding_mode == ("reflect" if m.stride == (1, 1) else "zeros")
-    leaky = [m for m in PatchDiscriminator(width=4).layers if isinstance(m, nn.LeakyReLU)]
+    leaky = [m for m in PatchDiscriminator(width=4).modules() if isinstance(m, nn.LeakyReLU)]
     assert len(leaky) == 4 and all(m.negative_slope == 0.2 for m in leaky)
 
 # ---------------------------------------- 3. generators ----------------------------------------
 
 @pytest.mark.parametrize("height, width", SIZES)
-@pytest.mark.parametrize("make, n", [(SchemeOneGenerator, 2), (SchemeTwoGenerator, 10)])
+@pytest.mark.parametrize("make, n", [
+    (SchemeOneGenerator, 2), (SchemeTwoGenerator, 10), (CycleGANGenerator, 2), (GatedGenerator, 2)])
 def test_generator_shapes_and_ranges(make, n, height, width):
     x = torch.rand(2, 3, height, width) * 2 - 1
     t = make(width=8, blocks=1)(x)
@@ -143,14 +145,55 @@ def test_full_size_networks():
         one, two = SchemeOneGenerator(), SchemeTwoGenerator()
         assert one(x).attention.shape == (1, 2, 256, 256)
         assert two(x).content.shape == (1, 9, 3, 256, 256)
+        assert GatedGenerator()(x).attention.shape == (1, 2, 256, 256)
+        assert GuidedGenerator(ResidualAttentionDiscriminator())(x).attention.shape == (1, 2, 256, 256)
         assert parameters(two) == 11_853_669
+        assert parameters(CycleGANGenerator()) == 11_378_179
         assert parameters(one) == 11_378_179 + 64 * 49 + 1  # CycleGAN's generator and one more output channel
+        # c7 32, c3 64, R64, c3 64, c3 32, c7 1
+        attention = 3 * 32 * 49 + 32 * 49 + (32 * 64 + 3 * 64 * 64 + 64 * 32) * 9 + (32 + 4 * 64 + 32 + 1)
+        assert parameters(aggan.AttentionNetwork()) == attention
+        assert parameters(GatedGenerator()) == 11_378_179 + attention
+        guide = PatchDiscriminator()
+        assert parameters(GuidedGenerator(guide)) == 11_378_179  # without its guide
         assert parameters(PatchDiscriminator()) == 2_764_737
         assert parameters(PatchDiscriminator(4)) == 2_764_737 + 64 * 16
 
 def test_number_of_masks():
     t = SchemeTwoGenerator(width=4, blocks=0, masks=2)(torch.zeros(1, 3, 16, 16))
     assert t.attention.shape[1] == 2 and t.content.shape[1] == 1
+
+def test_cyclegan_repaints_everything():
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    net = CycleGANGenerator(4, 1)
+    t = net(x)
+    assert torch.equal(t.foreground, torch.ones(2, 1, 32, 32)) and torch.equal(t.image, t.content[:, 0])
+    torch.testing.assert_close(t.image, net.decoder(net.encoder(x)).tanh())
+
+def test_gated_generator_sees_the_foreground_alone():
+    x, net = torch.rand(2, 3, 32, 32) * 2 - 1, GatedGenerator(4, 1)
+    a = net.attention(x)
+    assert a.shape == (2, 1, 32, 32) and 0 < a.min() and a.max() < 1
+    inner = net.generator.decoder(net.generator.encoder(a * x)).tanh()
+    t = net(x)
+    torch.testing.assert_close(t.foreground, a)
+    torch.testing.assert_close(t.image, a * inner + (1 - a) * x)
+
+@pytest.mark.parametrize("kind", [PatchDiscriminator, ResidualAttentionDiscriminator])
+def test_guided_generator(kind):
+    x = (torch.rand(2, 3, 32, 48) * 2 - 1).requires_grad_()
+    guide = kind(width=4)
+    net, a = GuidedGenerator(guide, 4, 1), guide.attention(x).detach()
+    inner = net.generator.decoder(net.generator.encoder(x * (1 + a))).tanh()
+    t = net(x)
+    assert t.image.shape == (2, 3, 32, 48) and t.content.shape == (2, 1, 3, 32, 48)
+    torch.testing.assert_close(t.attention, torch.cat([a, 1 - a], 1))
+    torch.testing.assert_close(t.image, inner)  # not fused with the input
+    assert not any(name.startswith("guide") for name, _ in net.named_parameters())
+    grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (t.image, inner)]
+    torch.testing.assert_close(*grads)  # a is a constant to the gradient
+    net(x).image.sum().backward()
+    assert all(p.grad is None for p in guide.parameters())
 
 # ---------------------------------------- 4. discriminators ----------------------------------------
 
@@ -160,17 +203,21 @@ def test_discriminator_shapes(height, width, norm):
     x = torch.randn(2, 4, height, width)
     assert PatchDiscriminator(4, 4, norm)(x).shape == (2, 1, height // 8 - 2, width // 8 - 2)
     assert PatchDiscriminator(4, 4, norm, head="pooled")(x).shape == (2, 1, 1, 1)
+    assert ResidualAttentionDiscriminator(4, 4, norm)(x).shape == (2, 1, height // 8 - 2, width // 8 - 2)
+    assert ResidualAttentionDiscriminator(4, 4, norm, head="pooled")(x).shape == (2, 1, 1, 1)
 
 def test_a_patch_logit_sees_70_pixels():
     x = torch.randn(1, 3, 128, 128, requires_grad=True)
-    layers = [m for m in PatchDiscriminator(width=4).layers if not isinstance(m, nn.InstanceNorm2d)]
-    nn.Sequential(*layers)(x)[0, 0, 7, 7].backward()  # without norms, which see the whole image
+    discriminator = PatchDiscriminator(width=4)
+    discriminator.normed = False  # norms see the whole image
+    discriminator(x)[0, 0, 7, 7].backward()
     rows = x.grad[0].abs().sum((0, 2)).nonzero()
     assert (rows.max() - rows.min() + 1).item() == 70
 
 def test_norms_of_the_heads():
     def layers(head):
-        return [type(m).__name__ for m in PatchDiscriminator(3, 4, "batch", head).layers]
+        net = PatchDiscriminator(3, 4, "batch", head)
+        return [type(m).__name__ for part in (net.stem, net.trunk, net.head) for m in part]
     patch, pooled = layers("patch"), layers("pooled")
     assert patch[:3] == ["Conv2d", "LeakyReLU", "Conv2d"] and patch.count("BatchNorm2d") == 3
     assert pooled[:3] == ["Conv2d", "BatchNorm2d", "LeakyReLU"] and pooled.count("BatchNorm2d") == 4
@@ -181,6 +228,47 @@ def test_views():
     assert aggan.whole(image, mask) is image
     seen = aggan.paired(image, mask)
     assert torch.equal(seen[:, :1], mask) and torch.equal(seen[:, 1:], image)
+    assert torch.equal(aggan.masked(image, mask, 0.0), image)
+
+def test_masked_at_a_tenth():
+    image = torch.tensor([[[[-0.5, 0.25], [1.0, -1.0]]]]).expand(1, 3, 2, 2)
+    mask = torch.tensor([[[[0.1, 0.0999], [0.0, 0.9]]]])
+    seen = torch.tensor([[[[-0.5, 0.0], [0.0, -1.0]]]]).expand(1, 3, 2, 2)
+    assert torch.equal(aggan.masked(image, mask, 0.1), seen)
+    assert torch.equal(aggan.masked(image, mask), seen)
+
+def test_pha_is_where_the_third_block_responds():
+    x, net = torch.rand(2, 3, 48, 64) * 2 - 1, PatchDiscriminator(width=4)
+    features = nn.Sequential(*net.stem, *net.trunk)(x)
+    assert features.shape == (2, 16, 6, 8)
+    a = net.attention(x)
+    assert a.shape == (2, 1, 48, 64)
+    for i in range(2):
+        small = features[i].abs().mean(0)
+        small = (small - small.min()) / (small.max() - small.min())
+        expected = nn.functional.interpolate(small[None, None], (48, 64), mode="bilinear")[0, 0]
+        torch.testing.assert_close(a[i, 0], expected)
+        assert a[i].min() < 0.1 and a[i].max() > 0.9 and a[i].min() >= 0 and a[i].max() <= 1
+    flat = PatchDiscriminator(width=4).attention(torch.zeros(1, 3, 32, 32))
+    assert flat.isfinite().all() and flat.abs().max() <= 1  # nothing to stretch
+
+def test_tam_adds_a_learnt_mask_to_the_trunk():
+    x, net = torch.rand(2, 3, 48, 64) * 2 - 1, ResidualAttentionDiscriminator(width=4)
+    a = net.attention(x)
+    assert a.shape == (2, 1, 48, 64) and 0 <= a.min() <= a.max() <= 1
+    stem = net.stem(x)
+    trunk, m = net.trunk(stem), net.mix(net.branch(stem))  # here the branch needs no resizing
+    assert m.shape == trunk.shape == (2, 16, 6, 8) and 0 < m.min() and m.max() < 1
+    torch.testing.assert_close(net(x), net.head(trunk + m * trunk))
+    torch.testing.assert_close(a, expected_map(m))
+    net(x).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())  # the mask learns from the verdict
+    assert net(torch.rand(1, 3, 36, 36)).shape == (1, 1, 2, 2)  # here it does
+
+def expected_map(m):
+    small = m.mean(1, keepdim=True)
+    low, high = (f(small.flatten(1), 1).values.view(-1, 1, 1, 1) for f in (torch.min, torch.max))
+    return nn.functional.interpolate((small - low) / (high - low), scale_factor=8, mode="bilinear")
 
 # ---------------------------------------- 5. losses ----------------------------------------
 
@@ -276,7 +364,8 @@ def test_discriminator_objective_from_its_parts(kind):
     nets = aggan.build(config)
     a, b = BATCH
     fake_a, fake_b = ((torch.rand(2, 3, 32, 32), torch.rand(2, 1, 32, 32)) for _ in "ab")
-    total, losses = aggan.discriminator_objective(nets, a, b, fake_a, fake_b, config)
+    real_a, real_b = (a, torch.rand(2, 1, 32, 32)), (b, torch.rand(2, 1, 32, 32))
+    total, losses = aggan.discriminator_objective(nets, real_a, real_b, fake_a, fake_b, config, 0.5)
 
     def expected(net, real, fake):
         return (on_real(net(real), kind) + on_fake(net(fake), kind)) / 2
@@ -303,7 +392,7 @@ def test_masks_learn_from_the_paired_discriminator():
     nets = aggan.build(config)
     with torch.no_grad():  # a discriminator that looks at nothing but the mask
         for k in "ab":
-            nets["paired_" + k].layers[0].weight[:, 1:] = 0
+            nets["paired_" + k].stem[0].weight[:, 1:] = 0
     loss, *_ = aggan.generator_objective(nets, *BATCH, config, 0.5)
     loss.backward()
     assert nets["g_ab"].attention_decoder[-1].weight.grad.abs().max() > 0
@@ -318,9 +407,10 @@ def test_each_step_leaves_the_others_gradients_alone():
     assert all(p.grad is None for p in discriminators) and all(p.grad is not None for p in generators)
     assert all(map(torch.equal, before, discriminators))
     fakes = [(t.image.detach(), t.foreground.detach()) for t in (fake_a, fake_b)]
+    reals = [(real, t.foreground.detach()) for real, t in zip(BATCH, (fake_b, fake_a))]
     trainer.optimizers["g"].zero_grad()
     before = [p.clone() for p in generators]
-    trainer.update("d", aggan.discriminator_objective(trainer.nets, *BATCH, *fakes, FINAL)[0])
+    trainer.update("d", aggan.discriminator_objective(trainer.nets, *reals, *fakes, FINAL, 0.0)[0])
     assert all(p.grad is None for p in generators) and all(p.grad is not None for p in discriminators)
     assert all(map(torch.equal, before, generators))
 
@@ -339,8 +429,11 @@ def test_train_step_puts_the_parts_together(monkeypatch):
     figures = trainer.train_step(*BATCH)
     (nets, real_a, real_b, config, progress), (_, _, fake_a, fake_b) = seen["generator_objective"]
     assert nets is trainer.nets and real_a is BATCH[0] and real_b is BATCH[1] and progress == 0.8
-    (nets, real_a, real_b, pooled_a, pooled_b, config), _ = seen["discriminator_objective"]
-    assert nets is trainer.nets and real_a is BATCH[0] and real_b is BATCH[1] and config is FINAL
+    (nets, real_a, real_b, pooled_a, pooled_b, config, progress), _ = seen["discriminator_objective"]
+    assert nets is trainer.nets and real_a[0] is BATCH[0] and real_b[0] is BATCH[1]
+    assert config is FINAL and progress == 0.8
+    assert torch.equal(real_a[1], fake_b.foreground) and torch.equal(real_b[1], fake_a.foreground)
+    assert not real_a[1].requires_grad and not real_b[1].requires_grad
     for pooled, fake in ((pooled_a, fake_a), (pooled_b, fake_b)):
         for image, mask, new, new_mask in zip(*pooled, fake.image, fake.foreground):
             is_new = torch.equal(image, new) and torch.equal(mask, new_mask)
@@ -351,6 +444,83 @@ def test_train_step_puts_the_parts_together(monkeypatch):
         assert group["lr"] == aggan.learning_rate(FINAL, 0.8) and group["betas"] == (0.5, 0.999)
     assert trainer.step == 9 and figures.keys() == trainer.sums.keys()
     torch.testing.assert_close(figures["attention_ab"], fake_b.foreground.mean())
+
+MEJJATI = aggan.configure(dict(TINY, model="mejjati", a="a", b="b"))
+
+def test_mejjati_switches_after_three_tenths():
+    trainer = aggan.Trainer(MEJJATI, 10, torch.device("cpu"))
+    seen = {}
+    for name in ("d_a", "d_b"):
+        trainer.nets[name].register_forward_pre_hook(
+            lambda _, inputs, name=name: seen.setdefault(name, []).append(inputs[0].detach().clone()))
+    attention = [p for k in ("ab", "ba") for p in trainer.nets["g_" + k].attention.parameters()]
+    others = [p for k in ("ab", "ba") for p in trainer.nets["g_" + k].generator.parameters()]
+    for step in range(5):
+        before, rest = ([p.clone() for p in group] for group in (attention, others))
+        seen.clear()
+        with torch.no_grad():  # some of the masks below tau
+            for k in ("ab", "ba"):
+                trainer.nets["g_" + k].attention[-2].bias.fill_(-2.2)
+            before = [p.clone() for p in attention]
+            t = {"b": trainer.nets["g_ab"](BATCH[0]), "a": trainer.nets["g_ba"](BATCH[1])}
+        trainer.train_step(*BATCH)
+        moved = [not torch.equal(p, q) for p, q in zip(before, attention)]
+        assert any(not torch.equal(p, q) for p, q in zip(rest, others))
+        assert any(moved) if step < 3 else not any(moved)  # 0.3 of 10 steps
+        for domain, other, real in (("a", "b", BATCH[0]), ("b", "a", BATCH[1])):
+            by_generator, on_real, _ = seen["d_" + domain]
+            fake, own = t[domain], t[other].foreground
+            if step < 3:
+                assert torch.equal(by_generator, fake.image) and torch.equal(on_real, real)
+            else:
+                assert 0.05 < (own >= 0.1).float().mean() < 0.95
+                assert torch.equal(by_generator, fake.image * (fake.foreground >= 0.1))
+                assert torch.equal(on_real, real * (own >= 0.1))
+            net = trainer.nets["d_" + domain]
+            layers = [*net.stem, *net.trunk, *net.head]
+            kept = [m for m in layers if step < 3 or not isinstance(m, nn.InstanceNorm2d)]
+            torch.testing.assert_close(net(real), nn.Sequential(*kept)(real))
+
+def test_pooled_fakes_bring_their_own_masks_to_the_masked_view():
+    nets, seen = aggan.build(MEJJATI), []
+    nets["d_a"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    real, fake, own, mask = (torch.rand(2, channels, 32, 32) for channels in (3, 3, 1, 1))
+    aggan.discriminator_objective(nets, (real, own), (real, own), (fake, mask), (fake, mask), MEJJATI, 0.3)
+    assert torch.equal(seen[0], real * (own >= 0.1)) and torch.equal(seen[1], fake * (mask >= 0.1))
+
+def test_guides_are_the_source_domains_discriminators():
+    for attention_map, kind in (("pha", PatchDiscriminator), ("tam", ResidualAttentionDiscriminator)):
+        config = aggan.configure(dict(TINY, model="guided", attention_map=attention_map, a="a", b="b"))
+        nets = aggan.build(config)
+        assert type(nets["d_a"]) is kind
+        assert nets["g_ab"].guide[0] is nets["d_a"] and nets["g_ba"].guide[0] is nets["d_b"]
+        a, b = BATCH
+        total, losses, fake_a, fake_b = aggan.generator_objective(nets, a, b, config, 0.0)
+        inner = nets["g_ba"].generator
+        # the way back is guided by the other discriminator's map of the fake
+        back = inner(fake_b.image * (1 + nets["d_b"].attention(fake_b.image))).image
+        forth = nets["g_ab"].generator(fake_a.image * (1 + nets["d_a"].attention(fake_a.image))).image
+        torch.testing.assert_close(losses["cycle"], (back - a).abs().mean() + (forth - b).abs().mean())
+        total.backward(inputs=list(nets["g_ab"].parameters()))
+
+def test_presets_are_the_papers():
+    common = dict(objective="released", l_gan=1, l_cycle=10, l_paired=0, l_pixel=0, l_tv=0, r=0)
+    expected = {"cyclegan": dict(l_identity=5, tau=0, lr=2e-4), "guided": dict(l_identity=0, tau=0, lr=2e-4),
+                "mejjati": dict(l_identity=0, tau=0.1, switch=0.3, lr=1e-4)}
+    assert {"scheme1", "scheme2", *expected} == set(aggan.PRESETS)
+    for model, fields in expected.items():
+        config = aggan.configure(dict(model=model, a="a", b="b"))
+        assert {**common, **fields}.items() <= dataclasses.asdict(config).items()
+    final = aggan.configure(dict(model="mejjati", objective="final", a="a", b="b"))  # what is asked for wins
+    assert (final.l_paired, final.l_pixel, final.r, final.tau) == (0.5, 1, 0.5, 0.1)
+
+@pytest.mark.parametrize("model", ["scheme1", "scheme2", "mejjati", "guided"])
+def test_every_term_works_with_every_mask(model):
+    config = aggan.configure(dict(TINY, model=model, objective="final", l_identity=1.0, a="a", b="b"))
+    trainer = aggan.Trainer(config, 2, torch.device("cpu"))
+    figures = trainer.train_step(*BATCH)
+    assert {"gan", "paired", "cycle", "pixel", "identity", "tv", "d_gan", "d_paired"} <= set(figures)
+    assert all(v.isfinite() for v in figures.values())
 
 def test_initial_weights():
     nets = aggan.build(Config(width=32, blocks=2, norm="batch"))
@@ -496,7 +666,7 @@ def test_train_leaves_a_run_folder(folders, capsys, changes):
     assert Image.open(run / "samples" / "0000003.png").size == (8 * 66 + 2, 3 * 66 + 2)
     last = aggan.to_tensor(Image.open(run / "samples" / "0000003.png"))
     nets, config = aggan.load_generators(run, torch.device("cpu"))
-    b = aggan.sample_image(folders / "testB" / "0.png", 64)
+    b = aggan.to_tensor(aggan.shrink(aggan.load_image(folders / "testB" / "0.png"), 64))[:, 16:80]  # 96 x 64
     shown, drawn = last[:, 2:66, 7 * 66 + 2:8 * 66], nets["g_ba"](b[None]).image[0]
     assert (shown - drawn).abs().max() < 0.01  # the last panel of the first row
     rows = [row.split(",") for row in (run / "log.csv").read_text().splitlines()]
@@ -558,7 +728,7 @@ def test_resume_equals_the_uninterrupted_run(folders, monkeypatch, norm, workers
     assert log(whole) == log(resumed) and [row[0] for row in log(whole)] == ["step", "2", "4", "6", "8", "9"]
 
 def test_collapse_is_reported(tmp_path, capsys):
-    for value, word in ((0.001, "copies its"), (0.999, "repaints"), (0.3, None)):
+    for value, word in ((0.001, "copies its"), (0.999, "repaints"), (0.3, None), (1.0, None)):
         trainer = aggan.Trainer(FINAL, 10, torch.device("cpu"))
         trainer.step = FINAL.log_every
         trainer.sums = {f"attention_{k}": torch.tensor(value * FINAL.log_every) for k in ("ab", "ba")}
@@ -641,7 +811,7 @@ def test_translate(trained, folders):
 def test_copied_pixels_keep_their_value():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, -1, -1)
     image = aggan.TF.to_pil_image(levels)
-    assert aggan.to_image(aggan.to_tensor(image) / 2 + 0.5).tobytes() == image.tobytes()
+    assert torch.equal(aggan.to_bytes(aggan.to_tensor(image) / 2 + 0.5), levels)
 
 def test_translate_never_overwrites_an_input(trained, folders):
     before = (folders / "testA" / "0.png").read_bytes()
@@ -714,6 +884,8 @@ def test_configure_layers():
     config = aggan.configure({})
     assert not config.a and config.size == 64 and config.out == "runs/mini-scheme2"
     assert aggan.configure({"epochs": 2}).steps == 0 and config.steps > 0
+    ramps = {model: aggan.configure({"model": model}).r for model in aggan.PRESETS}
+    assert ramps == dict(scheme1=0.5, scheme2=0.5, mejjati=0.5, cyclegan=0, guided=0)
     own = aggan.configure(dict(a="x", b="y", model="scheme1", l_tv=3.0))
     assert (own.size, own.out, own.l_tv, own.r_ramp) == (256, "runs/scheme1", 3.0, 0.0)
     final = dict(l_gan=0.5, l_paired=0.5, l_cycle=10, l_pixel=1, l_identity=0, l_tv=1e-6, r=0.5, r_ramp=0,
@@ -722,6 +894,25 @@ def test_configure_layers():
     for name, weights in (("final", final), ("released", released)):
         config = dataclasses.asdict(aggan.configure(dict(a="x", b="y", objective=name)))
         assert weights.items() <= config.items()
+
+@pytest.mark.parametrize("model", [*([name] for name in aggan.PRESETS), ["guided", "--attention-map", "tam"]])
+def test_every_preset_by_the_command_line(folders, capsys, model):
+    out, new = folders / "run", folders / "new"
+    aggan.main(["train", "--a", str(folders / "trainA"), "--b", str(folders / "trainB"), "--out", str(out),
+                "--steps", "2", "--model", *model, *map(str, command_line(TINY))])
+    output = capsys.readouterr()
+    assert "step 2/2" in output.out and output.err == ""
+    aggan.main(["translate", str(out), str(folders / "testA"), "--to", "b", "--out", str(new), "--attention"])
+    nets, _ = aggan.load_generators(out, torch.device("cpu"))
+    x = aggan.to_tensor(aggan.load_image(folders / "testA" / "0.png"))
+    for file, expected in (("0.png", nets["g_ab"](x[None]).image[0] / 2 + 0.5),
+                           ("0_attention.png", nets["g_ab"](x[None]).foreground[0])):
+        pixels = aggan.TF.to_tensor(Image.open(new / file))
+        assert pixels.shape[1:] == (40, 48) and (pixels - expected).abs().max() < 0.5 / 255 + 1e-5
+    small = aggan.shrink(aggan.load_image(folders / "testA" / "0.png"), 32)
+    x = aggan.to_tensor(aggan.TF.center_crop(small, 32))
+    shown = aggan.to_tensor(Image.open(out / "samples" / "0000002.png"))[:, 2:34, 3 * 34 + 2:4 * 34]
+    assert (shown - nets["g_ab"](x[None]).image[0]).abs().max() < 0.01  # what the training process drew
 
 def test_command_line_end_to_end(folders):
     small = command_line(TINY)
@@ -765,14 +956,18 @@ def test_bundled_set_trains_without_folders(tmp_path):
     (["train", "--a", "empty", "--b", "empty"], "empty: no images"),
     (["train", "--a", "empty"], "--a and --b go together"),
     (["train", "--model", "cyclegam"], "--model cyclegam: choose from scheme1"),
+    (["train", "--model", "cyclegan", "--l-paired", "1"], "--model cyclegan: has no mask"),
+    (["train", "--model", "guided", "--l-gan", "0", "--l-paired", "1"], "needs --l-gan"),
+    (["train", "--model", "guided", "--attention-map", "cam"], "--attention-map cam: choose from pha, tam"),
+    (["train", "--model", "mejjati", "--tau", "2"], "--tau 2.0: must be between 0 and 1"),
     (["train", "--size", "66"], "--size 66: must be a multiple of 4"),
     (["train", "--batch-size", "0"], "--batch-size 0: must be between 1"),
     (["train", "--lr", "fast"], "--lr: invalid float"),
     (["train", "--lr", "nan"], "--lr nan: must be between 0"),
     (["train", "--seed", "-1"], "--seed -1: must be between 0"),
-    (["train", "--l-gan", "0", "--l-paired", "0"], "without a discriminator"),
+    (["train", "--l-gan", "0", "--l-paired", "0"], "leaves no discriminator"),
     (["train", "--r", "2"], "--r 2.0: must be between 0 and 1"),
-    (["train", "--resize", "32"], "--resize 32: must be at least --size, 64"),
+    (["train", "--resize", "32"], "--resize 32: must be at least --size 64"),
     (["train", "--out", "broken/x.png"], "--out broken/x.png: is a file"),
     (["train", "--device", "meta"], "--device meta"),
     (["train", "--device", "gpu"], "--device gpu"),
