@@ -57,7 +57,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import functional as TF
 from torchvision.utils import save_image
 
@@ -807,12 +807,46 @@ def mask_figures(x: Tensor, t: Translation, mask: Tensor | None) -> dict[str, fl
     figures["mean_attention"] = t.foreground.mean()
     return {name: figure.item() for name, figure in figures.items()}
 
-def evaluate(run, a="", b="", masks_a="", masks_b="", device: str = "auto") -> dict[str, dict]:
+def fidelity(weights: str, device: torch.device):
+    """-> measure(fakes, reals), of lists of (3, H, W) bytes: KID (Binkowski et al. 2018; mean and standard
+    deviation over subsets) and FID, by torch-fidelity. BadInput where it or its weights are missing."""
+    try:
+        from torch_fidelity import calculate_metrics
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+    except ImportError:
+        raise BadInput("--kid needs one more package: pip install torch-fidelity") from None
+    path = Path(weights or Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rpartition("/")[2]))
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would run a pickle's code
+        FeatureExtractorInceptionV3("", ["2048"], str(path))
+    except (OSError, *UNREADABLE):
+        raise BadInput(f"--inception-weights {path}: not the file {URL_INCEPTION_V3}") from None
+
+    def measure(*lists: list[Tensor]) -> dict[str, float]:
+        subset = min(1000, min(map(len, lists)) // 2)  # subsets of everything would not differ
+        if subset < 2:
+            raise BadInput("--kid: needs at least four test images of each domain")
+        print(f"KID: 100 subsets of {subset} from {len(lists[0])} translations, {len(lists[1])} real images")
+        fakes, reals = (Subset(images, range(len(images))) for images in lists)  # Datasets, as it wants
+        found = calculate_metrics(input1=fakes, input2=reals, kid=True, kid_subset_size=subset, fid=True,
+                                  feature_extractor_weights_path=str(path), cuda=device.type == "cuda",
+                                  batch_size=1, save_cpu_ram=True, verbose=False)  # 1: sizes may differ
+        return {"kid": found["kernel_inception_distance_mean"], "fid": found["frechet_inception_distance"],
+                "kid_std": found["kernel_inception_distance_std"]}
+    return measure
+
+def evaluate(run, a="", b="", masks_a="", masks_b="", save="", kid: bool = False, inception_weights="",
+             device: str = "auto") -> dict[str, dict]:
     """Mean figures of test images, shorter side resized to the run's size: {"a2b": {...}, "b2a": {...}}.
 
     Folders not given: testA and testB beside the training folders; masksA and masksB beside those, if any.
-    A mask has its image's name (any extension) and size; white is the foreground. None: not measured."""
-    device, results = pick_device(device), {}
+    A mask has its image's name (any extension) and size; white is the foreground. None: not measured.
+    `save`: a new folder for the translations, a2b/NAME.png and b2a/NAME.png. `kid`: KID and FID, too, of the
+    translations against the target's test images."""
+    device, results, seen = pick_device(device), {}, {name: [] for name in ("a", "b", "a2b", "b2a")}
+    measure = fidelity(inception_weights, device) if kid else None
+    if save and Path(save).exists():
+        raise BadInput(f"--save {save}: exists; name a new folder")
     nets, config = load_generators(run, device)
     sides = zip("ab", "ba", (a, b), (masks_a, masks_b), domain_folders(config))
     for source, target, folder, masks, trained in sides:
@@ -831,8 +865,19 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", device: str = "auto") -> d
                 mask = TF.resize(mask, x.shape[-2:])[0] >= 0.5
             t = apply_any_size(nets["g_" + source + target], x)
             figures.append(mask_figures(x[None], t, mask))
+            image = to_bytes(t.image[0] / 2 + 0.5)
+            if kid:
+                seen[source].append(to_bytes(x / 2 + 0.5))
+                seen[f"{source}2{target}"].append(image)
+            if save:
+                new = Path(save, f"{source}2{target}", path.relative_to(folder)).with_suffix(".png")
+                new.parent.mkdir(parents=True, exist_ok=True)
+                with open(new, "xb") as file:  # an error where two images differ in their suffixes alone
+                    TF.to_pil_image(image).save(file, "PNG")
         means = {k: torch.tensor([f[k] for f in figures]).nanmean().item() for k in figures[0]}
         results[f"{source}2{target}"] = {k: None if math.isnan(v) else v for k, v in means.items()}
+    for direction in results if kid else ():
+        results[direction] |= measure(seen[direction], seen[direction[-1]])
     return results
 
 def print_table(results: dict):
@@ -926,7 +971,10 @@ def main(argv: list[str] | None = None):
     sub = commands.add_parser("evaluate", help="measure a run, against true masks if any", parents=[common])
     for name in ("a", "b", "masks_a", "masks_b"):
         sub.add_argument(flag(name), default="", help="folder; default: beside the training folder")
-    sub.add_argument("--json", help="write the figures here too")
+    for name, text in (("json", "write the figures here too"), ("save", "new folder for the translations"),
+                       ("inception_weights", "file of torch-fidelity's; default: the one that it keeps")):
+        sub.add_argument(flag(name), default="", help=text)
+    sub.add_argument("--kid", action="store_true", help="KID and FID too; needs torch-fidelity")
 
     given = vars(parser.parse_args(argv))
     command = given.pop("command")

@@ -861,6 +861,83 @@ def test_evaluate_without_masks(trained):
         assert figures["iou"] is None and figures["background_error"] is None
         assert 0 <= figures["mean_attention"] <= 1
 
+def test_evaluate_keeps_the_translations(trained, folders):
+    (folders / "testA" / "more").mkdir()
+    Image.new("RGB", (40, 32), (9, 90, 200)).save(folders / "testA" / "more" / "0.jpg")
+    aggan.evaluate(trained, save=folders / "kept")
+    kept = sorted(str(p.relative_to(folders / "kept")) for p in (folders / "kept").rglob("*.*"))
+    expected = [f"a2b/{i}.png" for i in range(5)] + ["a2b/more/0.png"] + [f"b2a/{i}.png" for i in range(3)]
+    assert kept == expected
+    nets, config = aggan.load_generators(trained, torch.device("cpu"))
+    x = aggan.to_tensor(aggan.shrink(aggan.load_image(folders / "testB" / "2.png"), config.size))
+    image = aggan.to_bytes(aggan.apply_any_size(nets["g_ba"], x).image[0] / 2 + 0.5)
+    assert torch.equal(aggan.TF.pil_to_tensor(Image.open(folders / "kept" / "b2a" / "2.png")), image)
+    Image.new("RGB", (40, 32)).save(folders / "testA" / "0.jpg")
+    with pytest.raises(FileExistsError, match="0.png"):  # 0.jpg and 0.png would both be 0.png
+        aggan.evaluate(trained, save=folders / "again")
+
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory):
+    """The file of an Inception with random weights, and the network."""
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:  # it cannot be made without weights
+        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
+        net = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight)  # else its features are all alike
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(net.state_dict(), path)
+    return path, net
+
+def test_kid_and_fid(trained, folders, inception, capsys):
+    weights, net = inception
+    with pytest.raises(aggan.BadInput, match="at least four"):
+        aggan.evaluate(trained, kid=True, inception_weights=weights)
+    Image.new("RGB", (44, 40), (200, 90, 0)).save(folders / "testB" / "3.png")
+    results = aggan.evaluate(trained, kid=True, inception_weights=weights, save=folders / "kept")
+    assert "subsets of 2 from 5 translations, 4 real" in capsys.readouterr().out
+
+    def features(folder):
+        images = (aggan.shrink(aggan.load_image(path), 32) for path in aggan.list_images(folder))
+        return torch.cat([net(aggan.TF.pil_to_tensor(image)[None])[0] for image in images]).double()
+    for direction in ("a2b", "b2a"):
+        x, y = features(folders / "kept" / direction), features(folders / f"test{direction[-1].upper()}")
+        xx, xy, yy = ((u @ v.T / 2048 + 1) ** 3 for u, v in ((x, x), (x, y), (y, y)))
+        within = sum((k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (xx, yy))
+        kid = (within - 2 * xy.mean()).item()  # of all images: what the subsets' mean estimates
+        found = results[direction]
+        assert found["kid_std"] > 0 and abs(found["kid"] - kid) < 4 * found["kid_std"] / 10
+        x0, y0 = x - x.mean(0), y - y.mean(0)
+        cross = torch.linalg.matrix_norm(x0 @ y0.T, "nuc") / math.sqrt((len(x) - 1) * (len(y) - 1))
+        spread = (x0 ** 2).sum() / (len(x) - 1) + (y0 ** 2).sum() / (len(y) - 1) - 2 * cross
+        assert found["fid"] == pytest.approx((((x.mean(0) - y.mean(0)) ** 2).sum() + spread).item(), rel=1e-2)
+
+def test_inception_weights_run_no_code(trained, tmp_path, monkeypatch):
+    pytest.importorskip("torch_fidelity")
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "evil",))
+    bad = tmp_path / "weights.pth"
+    for content in (Evil(), {"fc.weight": Evil()}, {"other": torch.zeros(1)}, torch.zeros(3)):
+        torch.save(content, bad)
+        with pytest.raises(aggan.BadInput, match="weights.pth: not the file https"):
+            aggan.evaluate(trained, kid=True, inception_weights=bad)
+    assert not (tmp_path / "evil").exists()
+    with pytest.raises(aggan.BadInput, match="nowhere.pth: not the file https"):
+        aggan.evaluate(trained, kid=True, inception_weights="nowhere.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))  # nothing kept: nothing is downloaded
+    with pytest.raises(aggan.BadInput, match="checkpoints.weights-inception.*: not the file"):
+        aggan.evaluate(trained, kid=True)
+
+def test_kid_without_torch_fidelity(trained, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(aggan.BadInput, match="pip install torch-fidelity"):
+        aggan.evaluate(trained, kid=True)
+
 # ---------------------------------------- 10. command line ----------------------------------------
 
 def test_every_field_is_an_option_with_help():
@@ -975,6 +1052,7 @@ def test_bundled_set_trains_without_folders(tmp_path):
     (["translate", "nowhere", "x.png", "--to", "b", "--out", "out"], "x.png: no such file or folder"),
     (["translate", "nowhere", "broken", "--to", "b", "--out", "out"], "nowhere: no checkpoint.pt"),
     (["evaluate", "broken/x.png"], "not a checkpoint"),
+    (["evaluate", "nowhere", "--save", "broken"], "--save broken: exists"),
     (["paint"], "invalid choice: 'paint'")])
 def test_bad_input_gets_one_line(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
