@@ -44,7 +44,6 @@ import inspect
 import json
 import math
 import os
-import pickle
 import random
 import re
 import sys
@@ -72,7 +71,7 @@ class Translation(NamedTuple):
 
     @property
     def foreground(self) -> Tensor:
-        """(B, 1, H, W) in [0, 1]: how much of each pixel is new."""
+        """(B, 1, H, W) in [0, 1]: how much of each pixel is new, where content and input are fused."""
         return 1 - self.attention[:, -1:]
 
 def fuse(x: Tensor, attention: Tensor, content: Tensor) -> Tensor:
@@ -126,7 +125,7 @@ class Decoder(nn.Sequential):
                          nn.Conv2d(width, out_channels, 7, padding=3, padding_mode="reflect"))
 
 # ---------------------------------------- 3. generators ----------------------------------------
-# forward of each: (B, 3, H, W) in [-1, 1] -> `Translation`; H and W are multiples of 4, at least 8.
+# forward of each: (B, 3, H, W) in [-1, 1] -> `Translation`; H and W are multiples of 4, at least 16.
 
 class SchemeOneGenerator(nn.Module):
     """Scheme I (Tang 2019; Eq. 2): one decoder gives one attention mask and one content image; n = 2."""
@@ -183,12 +182,12 @@ class GatedGenerator(nn.Module):
     """Mejjati 2018: F, CycleGAN's, sees the foreground alone: a F(a x) + (1 - a) x; n = 2."""
     def __init__(self, width: int = 64, blocks: int = 9, norm: str = "instance"):
         super().__init__()
-        self.attention = AttentionNetwork(max(1, width // 2), norm)
+        self.attention_network = AttentionNetwork(max(1, width // 2), norm)
         self.generator = CycleGANGenerator(width, blocks, norm)
         self.frozen = False  # set by `switch`: the attention network learns no more
 
     def forward(self, x: Tensor) -> Translation:
-        mask = self.attention(x)                                        # (B, 1, H, W)
+        mask = self.attention_network(x)                                # (B, 1, H, W)
         mask = mask.detach() if self.frozen else mask
         attention = torch.cat([mask, 1 - mask], dim=1)                  # (B, 2, H, W)
         content = self.generator(mask * x).content                      # (B, 1, 3, H, W)
@@ -244,14 +243,14 @@ class PatchDiscriminator(nn.Module):
     def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the head reads and what `attention` averages, (B, 4*width, H/8, W/8) each."""
         features = self.run(self.trunk, self.run(self.stem, x))
-        return features, features.abs()
+        return features, features
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(self.head, self.look(x)[0])
 
     def attention(self, x: Tensor) -> Tensor:
         """PHA (Lin 2021): where the third block responds. Images -> (B, 1, H, W) in [0, 1]."""
-        a = self.look(x)[1].mean(1, keepdim=True)
+        a = self.look(x)[1].abs().mean(1, keepdim=True)
         low, high = a.amin((2, 3), keepdim=True), a.amax((2, 3), keepdim=True)
         return F.interpolate((a - low) / (high - low).clamp(min=1e-6), size=x.shape[-2:], mode="bilinear")
 
@@ -344,8 +343,8 @@ class Config:
     l_tv: float = 1e-6             # weight of L_tv, Eq. 9
     r: float = 0.5                 # of Eq. 10: 0.01 for 5 % of the run, then this; 0: no r, both factors 1
     r_ramp: float = 0.0            # fraction of the run over which r rises to its value; 0: the papers' step
-    tau: float = 0.0               # from the switch on, discriminators see only where mask >= tau; 0: all
-    switch: float = 0.3            # fraction of the run before tau; then attention networks are frozen
+    tau: float = 0.0               # from the switch on, L_GAN's discriminators see where mask >= tau; 0: all
+    switch: float = 0.3            # fraction of the run before tau; then mejjati's attention is frozen
     size: int = 256                # side of the training crops, a multiple of 4
     resize: int = 286              # shorter side of the images before cropping
     batch_size: int = 1            # pairs a step
@@ -366,10 +365,11 @@ PRESETS: dict[str, dict] = {  # fields that --model sets
     "scheme1": {}, "scheme2": {}, "cyclegan": dict(objective="released"),
     "mejjati": dict(objective="released", l_identity=0.0, lr=1e-4, tau=0.1),
     "guided": dict(objective="released", l_identity=0.0)}
+UNFUSED = "cyclegan", "guided"  # fuse no mask of their own, so that none can collapse
 
 def build(config: Config) -> nn.ModuleDict:
     """The networks: g_ab, g_ba, and the discriminators of weights other than 0 (d_a judges images of A)."""
-    sizes, generators, discriminators = (config.width, config.blocks, config.norm), {}, {}
+    generators, discriminators = {}, {}
     for domain in ("a", "b"):
         tam = config.model == "guided" and config.attention_map == "tam"
         kind = ResidualAttentionDiscriminator if tam else PatchDiscriminator
@@ -377,14 +377,11 @@ def build(config: Config) -> nn.ModuleDict:
             discriminators["d_" + domain] = kind(3, config.width, config.norm, config.head)
         if config.l_paired:
             discriminators["paired_" + domain] = kind(1 + 3, config.width, config.norm, config.head)
-    plain = {"scheme1": SchemeOneGenerator, "cyclegan": CycleGANGenerator, "mejjati": GatedGenerator}
     for source, target in ("ab", "ba"):
-        if config.model == "scheme2":
-            generator = SchemeTwoGenerator(config.width, config.blocks, config.masks, config.norm)
-        elif config.model == "guided":
-            generator = GuidedGenerator(discriminators["d_" + source], *sizes)
-        else:
-            generator = plain[config.model](*sizes)
+        kinds = {"scheme1": SchemeOneGenerator, "cyclegan": CycleGANGenerator, "mejjati": GatedGenerator,
+                 "scheme2": functools.partial(SchemeTwoGenerator, masks=config.masks),
+                 "guided": functools.partial(GuidedGenerator, discriminators.get("d_" + source))}
+        generator = kinds[config.model](width=config.width, blocks=config.blocks, norm=config.norm)
         generators[f"g_{source}{target}"] = generator
     nets = nn.ModuleDict(generators | discriminators)
     for module in nets.modules():  # N(0, 0.02), a norm's weights N(1, 0.02), as in DCGAN
@@ -395,14 +392,15 @@ def build(config: Config) -> nn.ModuleDict:
 
 def switch(nets: nn.ModuleDict, config: Config, progress: float):
     """What the vanilla discriminators see: `whole`, or, if tau is not 0, `masked` from config.switch on. From
-    then on attention networks are frozen, lest they collapse, and discriminators do without their norms, in
-    which the blank background would count (Mejjati 2018)."""
+    then on they do without their norms, in which the blank background would count, and attention networks are
+    frozen, lest they collapse (Mejjati 2018)."""
     late = config.tau > 0 and progress >= config.switch
-    for module in nets.modules():
-        if isinstance(module, GatedGenerator):
-            module.frozen = late
-        elif isinstance(module, PatchDiscriminator):
-            module.normed = not late
+    for name, net in nets.items():
+        if name in ("d_a", "d_b"):
+            net.normed = not late
+        elif isinstance(net, GatedGenerator):
+            net.frozen = late
+            net.attention_network.train(net.training and not late)  # its batch norms, if any, rest too
     return functools.partial(masked, tau=config.tau) if late else whole
 
 def judges(nets: nn.ModuleDict, domain: str, view) -> list[tuple]:
@@ -583,7 +581,6 @@ def learning_rate(config: Config, progress: float) -> float:
     return config.lr * min(1.0, 2 - 2 * progress)
 
 FORMAT = 2  # of the checkpoints
-UNREADABLE = RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError
 
 class Trainer:
     """Networks, optimisers, pools, position of a run: all that a checkpoint holds, and the training step."""
@@ -626,8 +623,7 @@ class Trainer:
         figures = {**terms, **judged, "attention_ab": fake_b.foreground.mean(),
                    "attention_ba": fake_a.foreground.mean()}
         figures = {k: v.detach() for k, v in figures.items()}
-        for name, value in figures.items():
-            self.sums[name] = self.sums.get(name, 0) + value
+        self.sums = {k: self.sums.get(k, 0) + v for k, v in figures.items()}
         return figures
 
     def state_dict(self) -> dict:
@@ -666,7 +662,7 @@ def load_checkpoint(run: str | Path, device: torch.device) -> dict:
             raise ValueError
         state["config"] = Config(**state["config"])
         return state
-    except UNREADABLE:
+    except Exception:  # a foreign file can raise anything
         raise BadInput(f"{path}: not a checkpoint of this program") from None
 
 def save_samples(path: Path, nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor):
@@ -701,7 +697,7 @@ def write_progress(trainer: Trainer, log: Path, per_epoch: int, seconds: float):
           f"{left} left  " + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items()), flush=True)
     for direction in ("ab", "ba"):
         mean = means["attention_" + direction]
-        if mean < 0.005 or 0.995 < mean < 1:  # exactly 1: CycleGAN, which has no mask to lose
+        if (mean < 0.005 or mean > 0.995) and config.model not in UNFUSED:
             advice = ("copies its input; try --r 0.5 --r-ramp 1, then a lower --r" if mean < 0.5 else
                       "repaints everything; try a higher --l-pixel or --l-identity")
             print(f"warning: g_{direction}'s attention collapsed to {mean:.4f}: it {advice}", file=sys.stderr)
@@ -819,13 +815,11 @@ def fidelity(weights: str, device: torch.device):
     try:
         torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would run a pickle's code
         FeatureExtractorInceptionV3("", ["2048"], str(path))
-    except (OSError, *UNREADABLE):
-        raise BadInput(f"--inception-weights {path}: not the file {URL_INCEPTION_V3}") from None
+    except Exception:  # likewise
+        raise BadInput(f"--inception-weights {path}: missing, or not {URL_INCEPTION_V3}") from None
 
     def measure(*lists: list[Tensor]) -> dict[str, float]:
         subset = min(1000, min(map(len, lists)) // 2)  # subsets of everything would not differ
-        if subset < 2:
-            raise BadInput("--kid: needs at least four test images of each domain")
         print(f"KID: 100 subsets of {subset} from {len(lists[0])} translations, {len(lists[1])} real images")
         fakes, reals = (Subset(images, range(len(images))) for images in lists)  # Datasets, as it wants
         found = calculate_metrics(input1=fakes, input2=reals, kid=True, kid_subset_size=subset, fid=True,
@@ -845,18 +839,23 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", kid: bool = False
     translations against the target's test images."""
     device, results, seen = pick_device(device), {}, {name: [] for name in ("a", "b", "a2b", "b2a")}
     measure = fidelity(inception_weights, device) if kid else None
-    if save and Path(save).exists():
-        raise BadInput(f"--save {save}: exists; name a new folder")
     nets, config = load_generators(run, device)
-    sides = zip("ab", "ba", (a, b), (masks_a, masks_b), domain_folders(config))
-    for source, target, folder, masks, trained in sides:
+    tests = {}
+    for source, folder, trained in zip("ab", (a, b), domain_folders(config)):
         folder = folder or sibling(trained, "train", "test")
         if not folder:
             raise BadInput(f"--{source}: no test folder beside {trained}; name one")
+        tests[source] = folder, list_images(folder)
+        if save and (Path(save).exists() or Path(folder).resolve() in Path(save).resolve().parents):
+            raise BadInput(f"--save {save}: exists, or is in {folder}; name a new folder elsewhere")
+        if kid and len(tests[source][1]) < 4:
+            raise BadInput(f"--kid: {folder} has fewer than four images")
+    for source, target, masks in zip("ab", "ba", (masks_a, masks_b)):
+        folder, paths = tests[source]
         masks = masks or sibling(folder, "test", "masks")
         truth = {path.stem: path for path in list_images(masks)} if masks else {}
         figures = []
-        for path in list_images(folder):
+        for path in paths:
             x, mask = to_tensor(shrink(load_image(path), config.size)).to(device), None
             if masks:
                 if path.stem not in truth:
@@ -895,19 +894,16 @@ class Parser(argparse.ArgumentParser):
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
+CHOICES = dict(model=PRESETS, objective=OBJECTIVES, norm=NORMS, head=("patch", "pooled"),
+               gan=("lsgan", "vanilla"), attention_map=("pha", "tam"))
+
 def configure(given: dict) -> Config:
     """The options given on the command line -> the whole configuration. BadInput where a value is no use."""
-    if bool(given.get("a")) != bool(given.get("b")):
-        raise BadInput("--a and --b go together: one folder for each domain")
-    for name, values in dict(model=PRESETS, objective=OBJECTIVES, norm=NORMS, head=("patch", "pooled"),
-                             gan=("lsgan", "vanilla"), attention_map=("pha", "tam")).items():
-        if name in given and given[name] not in values:
-            raise BadInput(f"{flag(name)} {given[name]}: choose from {', '.join(values)}")
     model = given.get("model", Config.model)
     objective = {**PRESETS[model], **given}.get("objective", Config.objective)
     mini = {} if given.get("a") else {**MINI, "steps": 0} if "epochs" in given else {**MINI}
-    if mini and model in ("cyclegan", "guided"):
-        mini["r"] = 0.0  # the ramp is for masks that may collapse: here the generator paints the whole image
+    if mini and model in UNFUSED:
+        mini["r"] = 0.0  # the ramp is for masks that may collapse
     out = "runs/" + ("mini-" if mini else "") + model
     folders = {name: str(Path(given[name]).resolve()) for name in ("a", "b") if given.get(name)}
     config = Config(**{"out": out, **OBJECTIVES[objective], **PRESETS[model], **mini, **given, **folders})
@@ -917,11 +913,12 @@ def configure(given: dict) -> Config:
         if not isinstance(value, str) and not low <= value <= high:
             raise BadInput(f"{flag(name)} {value}: must be between {low} and {high}")
     for wrong, message in (
+            (bool(config.a) != bool(config.b), "--a and --b go together: one folder for each domain"),
             (config.size % 4, f"--size {config.size}: must be a multiple of 4"),
             (config.resize < config.size, f"--resize {config.resize}: must be at least --size {config.size}"),
             (not config.l_gan and not config.l_paired, "--l-gan 0 --l-paired 0: leaves no discriminator"),
             (model == "cyclegan" and (config.l_paired or config.l_tv or config.tau),
-             "--model cyclegan: has no mask for --l-paired, --l-tv or --tau; leave them 0"),
+             "--model cyclegan: has no mask for --l-paired, --l-tv or --tau; set them to 0"),
             (model == "guided" and (config.tau or not config.l_gan),
              "--model guided: its discriminators are its attention; needs --l-gan, and --tau 0")):
         if wrong:
@@ -951,11 +948,11 @@ def main(argv: list[str] | None = None):
     parser = Parser(prog="aggan.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("train", help="train on two folders, or on the bundled mini set",
-                              epilog="Defaults in [ ] are those for your own folders and --objective final.")
+                              epilog="Defaults in [ ] are those for your own folders, scheme1 and scheme2.")
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
         sub.add_argument(flag(field.name), type=field.type, default=argparse.SUPPRESS,
-                         metavar=field.type.__name__.upper(),
+                         metavar=field.type.__name__.upper(), choices=CHOICES.get(field.name),
                          help=f"{comments[field.name]} [{field.default}]".replace("%", "%%"))
     sub.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint, if any")
 

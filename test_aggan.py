@@ -154,6 +154,8 @@ def test_full_size_networks():
         attention = 3 * 32 * 49 + 32 * 49 + (32 * 64 + 3 * 64 * 64 + 64 * 32) * 9 + (32 + 4 * 64 + 32 + 1)
         assert parameters(aggan.AttentionNetwork()) == attention
         assert parameters(GatedGenerator()) == 11_378_179 + attention
+        branch = (64 * 128 + 128 * 256 + 2 * 256 * 256) * 9 + 128 + 3 * 256 + 2 * (256 * 256 + 256)
+        assert parameters(ResidualAttentionDiscriminator()) == 2_764_737 + branch
         guide = PatchDiscriminator()
         assert parameters(GuidedGenerator(guide)) == 11_378_179  # without its guide
         assert parameters(PatchDiscriminator()) == 2_764_737
@@ -172,7 +174,7 @@ def test_cyclegan_repaints_everything():
 
 def test_gated_generator_sees_the_foreground_alone():
     x, net = torch.rand(2, 3, 32, 32) * 2 - 1, GatedGenerator(4, 1)
-    a = net.attention(x)
+    a = net.attention_network(x)
     assert a.shape == (2, 1, 32, 32) and 0 < a.min() and a.max() < 1
     inner = net.generator.decoder(net.generator.encoder(a * x)).tanh()
     t = net(x)
@@ -264,6 +266,19 @@ def test_tam_adds_a_learnt_mask_to_the_trunk():
     net(x).sum().backward()
     assert all(p.grad is not None for p in net.parameters())  # the mask learns from the verdict
     assert net(torch.rand(1, 3, 36, 36)).shape == (1, 1, 2, 2)  # here it does
+
+def test_layers_of_the_attention_branches():
+    def kinds(layers):
+        return [type(m).__name__ for m in layers if not list(m.children())]
+    net = aggan.AttentionNetwork()
+    conv, up = ["Conv2d", "InstanceNorm2d", "ReLU"], ["Upsample"]
+    residual = conv + ["Conv2d", "InstanceNorm2d"]
+    assert kinds(net.modules()) == 2 * conv + residual + 2 * (up + conv) + ["Conv2d", "Sigmoid"]
+    assert isinstance(net[2], aggan.ResidualBlock)
+    assert [(m.mode, m.scale_factor) for m in net if isinstance(m, nn.Upsample)] == [("nearest", 2.0)] * 2
+    pool = ["MaxPool2d"]
+    assert kinds(ResidualAttentionDiscriminator().branch.modules()) == 2 * (pool + conv) + 2 * conv
+    assert kinds(ResidualAttentionDiscriminator().mix) == ["Conv2d", "ReLU", "Conv2d", "Sigmoid"]
 
 def expected_map(m):
     small = m.mean(1, keepdim=True)
@@ -453,14 +468,14 @@ def test_mejjati_switches_after_three_tenths():
     for name in ("d_a", "d_b"):
         trainer.nets[name].register_forward_pre_hook(
             lambda _, inputs, name=name: seen.setdefault(name, []).append(inputs[0].detach().clone()))
-    attention = [p for k in ("ab", "ba") for p in trainer.nets["g_" + k].attention.parameters()]
+    attention = [p for k in ("ab", "ba") for p in trainer.nets["g_" + k].attention_network.parameters()]
     others = [p for k in ("ab", "ba") for p in trainer.nets["g_" + k].generator.parameters()]
     for step in range(5):
-        before, rest = ([p.clone() for p in group] for group in (attention, others))
+        rest = [p.clone() for p in others]
         seen.clear()
         with torch.no_grad():  # some of the masks below tau
             for k in ("ab", "ba"):
-                trainer.nets["g_" + k].attention[-2].bias.fill_(-2.2)
+                trainer.nets["g_" + k].attention_network[-2].bias.fill_(-2.2)
             before = [p.clone() for p in attention]
             t = {"b": trainer.nets["g_ab"](BATCH[0]), "a": trainer.nets["g_ba"](BATCH[1])}
         trainer.train_step(*BATCH)
@@ -480,6 +495,17 @@ def test_mejjati_switches_after_three_tenths():
             layers = [*net.stem, *net.trunk, *net.head]
             kept = [m for m in layers if step < 3 or not isinstance(m, nn.InstanceNorm2d)]
             torch.testing.assert_close(net(real), nn.Sequential(*kept)(real))
+
+def test_after_the_switch_only_the_vanilla_discriminators_lose_their_norms():
+    config = dataclasses.replace(MEJJATI, l_paired=1.0, norm="batch")
+    nets = aggan.build(config)
+    for progress, late in ((0.0, False), (0.3, True), (0.2, False)):
+        nets.train()
+        assert (aggan.switch(nets, config, progress) is aggan.whole) is not late
+        assert [nets[k].normed for k in ("d_a", "d_b", "paired_a", "paired_b")] == [not late] * 2 + [True] * 2
+        for k in ("g_ab", "g_ba"):  # frozen with their norms' running statistics
+            assert nets[k].frozen is late and nets[k].attention_network.training is not late
+            assert nets[k].generator.training
 
 def test_pooled_fakes_bring_their_own_masks_to_the_masked_view():
     nets, seen = aggan.build(MEJJATI), []
@@ -501,7 +527,8 @@ def test_guides_are_the_source_domains_discriminators():
         back = inner(fake_b.image * (1 + nets["d_b"].attention(fake_b.image))).image
         forth = nets["g_ab"].generator(fake_a.image * (1 + nets["d_a"].attention(fake_a.image))).image
         torch.testing.assert_close(losses["cycle"], (back - a).abs().mean() + (forth - b).abs().mean())
-        total.backward(inputs=list(nets["g_ab"].parameters()))
+        total.backward()
+        assert all(p.grad.abs().max() > 0 for p in nets["g_ab"].generator.decoder[-1].parameters())
 
 def test_presets_are_the_papers():
     common = dict(objective="released", l_gan=1, l_cycle=10, l_paired=0, l_pixel=0, l_tv=0, r=0)
@@ -693,10 +720,11 @@ def test_same_seed_same_weights(folders):
             for name, seed in (("first", 5), ("second", 5), ("third", 6))]
     assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
 
-@pytest.mark.parametrize("norm, workers, save_every",
-                         [("instance", 1, 3), ("batch", 0, 3), ("instance", 0, 100)])
-def test_resume_equals_the_uninterrupted_run(folders, monkeypatch, norm, workers, save_every):
-    options = dict(steps=9, pool=2, objective="final", norm=norm, save_every=save_every, workers=workers)
+@pytest.mark.parametrize("model, norm, workers, save_every", [
+    ("scheme2", "instance", 1, 3), ("scheme2", "batch", 0, 3), ("scheme2", "instance", 0, 100),
+    ("mejjati", "batch", 0, 3), ("guided", "batch", 0, 3)])
+def test_resume_equals_the_uninterrupted_run(folders, monkeypatch, model, norm, workers, save_every):
+    options = dict(steps=9, pool=2, model=model, norm=norm, save_every=save_every, workers=workers)
     whole = aggan.train(tiny(folders, **options))
     config, done = tiny(folders, **dict(options, out=str(folders / "killed"))), []
     step = aggan.Trainer.train_step
@@ -728,8 +756,10 @@ def test_resume_equals_the_uninterrupted_run(folders, monkeypatch, norm, workers
     assert log(whole) == log(resumed) and [row[0] for row in log(whole)] == ["step", "2", "4", "6", "8", "9"]
 
 def test_collapse_is_reported(tmp_path, capsys):
-    for value, word in ((0.001, "copies its"), (0.999, "repaints"), (0.3, None), (1.0, None)):
-        trainer = aggan.Trainer(FINAL, 10, torch.device("cpu"))
+    for model, value, word in (("scheme2", 0.001, "copies its"), ("scheme1", 0.999, "repaints"),
+                               ("mejjati", 1.0, "repaints"), ("scheme2", 0.3, None), ("cyclegan", 1.0, None),
+                               ("guided", 0.001, None)):
+        trainer = aggan.Trainer(dataclasses.replace(FINAL, model=model), 10, torch.device("cpu"))
         trainer.step = FINAL.log_every
         trainer.sums = {f"attention_{k}": torch.tensor(value * FINAL.log_every) for k in ("ab", "ba")}
         aggan.write_progress(trainer, tmp_path / "log.csv", 5, 0.1)
@@ -872,6 +902,10 @@ def test_evaluate_keeps_the_translations(trained, folders):
     x = aggan.to_tensor(aggan.shrink(aggan.load_image(folders / "testB" / "2.png"), config.size))
     image = aggan.to_bytes(aggan.apply_any_size(nets["g_ba"], x).image[0] / 2 + 0.5)
     assert torch.equal(aggan.TF.pil_to_tensor(Image.open(folders / "kept" / "b2a" / "2.png")), image)
+    for place in ("kept", "testA/new", "testB/new/er"):  # where it would overwrite, or be measured itself
+        with pytest.raises(aggan.BadInput, match=f"--save .*{place}"):
+            aggan.evaluate(trained, save=folders / place)
+    assert not (folders / "testA" / "new").exists()
     Image.new("RGB", (40, 32)).save(folders / "testA" / "0.jpg")
     with pytest.raises(FileExistsError, match="0.png"):  # 0.jpg and 0.png would both be 0.png
         aggan.evaluate(trained, save=folders / "again")
@@ -895,7 +929,7 @@ def inception(tmp_path_factory):
 
 def test_kid_and_fid(trained, folders, inception, capsys):
     weights, net = inception
-    with pytest.raises(aggan.BadInput, match="at least four"):
+    with pytest.raises(aggan.BadInput, match="testB has fewer than four"):
         aggan.evaluate(trained, kid=True, inception_weights=weights)
     Image.new("RGB", (44, 40), (200, 90, 0)).save(folders / "testB" / "3.png")
     results = aggan.evaluate(trained, kid=True, inception_weights=weights, save=folders / "kept")
@@ -924,13 +958,13 @@ def test_inception_weights_run_no_code(trained, tmp_path, monkeypatch):
     bad = tmp_path / "weights.pth"
     for content in (Evil(), {"fc.weight": Evil()}, {"other": torch.zeros(1)}, torch.zeros(3)):
         torch.save(content, bad)
-        with pytest.raises(aggan.BadInput, match="weights.pth: not the file https"):
+        with pytest.raises(aggan.BadInput, match="weights.pth: missing, or not https"):
             aggan.evaluate(trained, kid=True, inception_weights=bad)
     assert not (tmp_path / "evil").exists()
-    with pytest.raises(aggan.BadInput, match="nowhere.pth: not the file https"):
+    with pytest.raises(aggan.BadInput, match="nowhere.pth: missing, or not https"):
         aggan.evaluate(trained, kid=True, inception_weights="nowhere.pth")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))  # nothing kept: nothing is downloaded
-    with pytest.raises(aggan.BadInput, match="checkpoints.weights-inception.*: not the file"):
+    with pytest.raises(aggan.BadInput, match="checkpoints.weights-inception.*: missing"):
         aggan.evaluate(trained, kid=True)
 
 def test_kid_without_torch_fidelity(trained, monkeypatch):
@@ -1032,10 +1066,10 @@ def test_bundled_set_trains_without_folders(tmp_path):
     (["train", "--a", "nowhere", "--b", "nowhere"], "nowhere: no such file or folder"),
     (["train", "--a", "empty", "--b", "empty"], "empty: no images"),
     (["train", "--a", "empty"], "--a and --b go together"),
-    (["train", "--model", "cyclegam"], "--model cyclegam: choose from scheme1"),
+    (["train", "--model", "cyclegam"], "argument --model: invalid choice: 'cyclegam' (choose from"),
     (["train", "--model", "cyclegan", "--l-paired", "1"], "--model cyclegan: has no mask"),
     (["train", "--model", "guided", "--l-gan", "0", "--l-paired", "1"], "needs --l-gan"),
-    (["train", "--model", "guided", "--attention-map", "cam"], "--attention-map cam: choose from pha, tam"),
+    (["train", "--model", "guided", "--attention-map", "cam"], "--attention-map: invalid choice: 'cam'"),
     (["train", "--model", "mejjati", "--tau", "2"], "--tau 2.0: must be between 0 and 1"),
     (["train", "--size", "66"], "--size 66: must be a multiple of 4"),
     (["train", "--batch-size", "0"], "--batch-size 0: must be between 1"),
@@ -1052,7 +1086,6 @@ def test_bundled_set_trains_without_folders(tmp_path):
     (["translate", "nowhere", "x.png", "--to", "b", "--out", "out"], "x.png: no such file or folder"),
     (["translate", "nowhere", "broken", "--to", "b", "--out", "out"], "nowhere: no checkpoint.pt"),
     (["evaluate", "broken/x.png"], "not a checkpoint"),
-    (["evaluate", "nowhere", "--save", "broken"], "--save broken: exists"),
     (["paint"], "invalid choice: 'paint'")])
 def test_bad_input_gets_one_line(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
