@@ -825,8 +825,8 @@ def fidelity(weights: str, device: torch.device):
         found = calculate_metrics(input1=fakes, input2=reals, kid=True, kid_subset_size=subset, fid=True,
                                   feature_extractor_weights_path=str(path), cuda=device.type == "cuda",
                                   batch_size=1, save_cpu_ram=True, verbose=False)  # 1: sizes may differ
-        return {"kid": found["kernel_inception_distance_mean"], "fid": found["frechet_inception_distance"],
-                "kid_std": found["kernel_inception_distance_std"]}
+        return {"kid": found["kernel_inception_distance_mean"],
+                "kid_std": found["kernel_inception_distance_std"], "fid": found["frechet_inception_distance"]}
     return measure
 
 def evaluate(run, a="", b="", masks_a="", masks_b="", save="", kid: bool = False, inception_weights="",
