@@ -255,8 +255,8 @@ class PatchDiscriminator(nn.Module):
         return F.interpolate((a - low) / (high - low).clamp(min=1e-6), size=x.shape[-2:], mode="bilinear")
 
 class ResidualAttentionDiscriminator(PatchDiscriminator):
-    """With TAM (Lin 2021, after Wang et al. 2017): `attention` is m, learnt beside the trunk; the head reads
-    (1 + m) * trunk. Shapes as above."""
+    """With TAM (Lin 2021, after Wang et al. 2017): a learnt mask m in [0, 1] beside the trunk; the head reads
+    (1 + m) * trunk, `attention` averages m. Shapes as above."""
     def __init__(self, in_channels: int = 3, width: int = 64, norm: str = "instance", head: str = "patch"):
         super().__init__(in_channels, width, norm, head)
         wide = 4 * width
@@ -344,7 +344,7 @@ class Config:
     r: float = 0.5                 # of Eq. 10: 0.01 for 5 % of the run, then this; 0: no r, both factors 1
     r_ramp: float = 0.0            # fraction of the run over which r rises to its value; 0: the papers' step
     tau: float = 0.0               # from the switch on, L_GAN's discriminators see where mask >= tau; 0: all
-    switch: float = 0.3            # fraction of the run before tau; then mejjati's attention is frozen
+    switch: float = 0.3            # fraction of the run before tau, if any; then mejjati's masks are frozen
     size: int = 256                # side of the training crops, a multiple of 4
     resize: int = 286              # shorter side of the images before cropping
     batch_size: int = 1            # pairs a step
@@ -426,7 +426,7 @@ def generator_objective(nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor, con
     """Eq. (10) for both directions: real_a, real_b (B, 3, H, W) -> the total, its terms (sums of both
     directions, unweighted) and the Translations fake_a, fake_b.
 
-    Terms of weight 0 are not computed. Masks are not detached: the paired discriminators teach them too."""
+    Terms of weight 0 are not computed. Masks are not detached, so that they learn from every term."""
     losses, fakes, view = collections.defaultdict(lambda: 0), {}, switch(nets, config, progress)
     for source, target, x, y in (("a", "b", real_a, real_b), ("b", "a", real_b, real_a)):
         g, g_back = nets[f"g_{source}{target}"], nets[f"g_{target}{source}"]
@@ -816,7 +816,8 @@ def fidelity(weights: str, device: torch.device):
         torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would run a pickle's code
         FeatureExtractorInceptionV3("", ["2048"], str(path))
     except Exception:  # likewise
-        raise BadInput(f"--inception-weights {path}: missing, or not {URL_INCEPTION_V3}") from None
+        raise BadInput(f"--kid: no Inception weights in {path}; download {URL_INCEPTION_V3}, and name "
+                       "the file by --inception-weights") from None
 
     def measure(*lists: list[Tensor]) -> dict[str, float]:
         subset = min(1000, min(map(len, lists)) // 2)  # subsets of everything would not differ
@@ -918,7 +919,7 @@ def configure(given: dict) -> Config:
             (config.resize < config.size, f"--resize {config.resize}: must be at least --size {config.size}"),
             (not config.l_gan and not config.l_paired, "--l-gan 0 --l-paired 0: leaves no discriminator"),
             (model == "cyclegan" and (config.l_paired or config.l_tv or config.tau),
-             "--model cyclegan: has no mask for --l-paired, --l-tv or --tau; set them to 0"),
+             "--model cyclegan: has no mask for --objective final, --l-paired, --l-tv or --tau"),
             (model == "guided" and (config.tau or not config.l_gan),
              "--model guided: its discriminators are its attention; needs --l-gan, and --tau 0")):
         if wrong:
