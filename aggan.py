@@ -312,7 +312,8 @@ def identity_loss(same: Tensor, real: Tensor) -> Tensor:
     return F.l1_loss(same, real)
 
 def total_variation_loss(mask: Tensor) -> Tensor:
-    """Eq. (9), Tang 2019: steps between neighbours, a sum over n, H, W; B's mean. (B, n, H, W) -> scalar."""
+    """Eq. (9), Tang 2019: the mask's steps between neighbours, summed over n, H and W, mean over B.
+    (B, n, H, W) -> a scalar."""
     down = (mask[:, :, 1:] - mask[:, :, :-1]).abs().sum()
     across = (mask[..., 1:] - mask[..., :-1]).abs().sum()
     return (down + across) / mask.shape[0]
@@ -321,8 +322,8 @@ def total_variation_loss(mask: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class Config:
-    """One run; each field is an option of `train`. Command line overrides MINI (the mini set's), that PRESETS
-    (by model), those OBJECTIVES, and those the defaults here."""
+    """One run. Each field is an option of `train`, its comment the help text. In order of precedence: command
+    line, MINI (on the mini set), PRESETS (by model), OBJECTIVES, the defaults below."""
     model: str = "scheme2"         # scheme1, scheme2, cyclegan, mejjati or guided
     objective: str = "final"       # weights, r, rate: final (the papers; scheme1, scheme2) or released (code)
     a: str = ""                    # folder of domain A; without --a and --b: the bundled mini set
@@ -370,19 +371,18 @@ UNFUSED = "cyclegan", "guided"  # fuse no mask of their own, so that none can co
 def build(config: Config) -> nn.ModuleDict:
     """The networks: g_ab, g_ba, and the discriminators of weights other than 0 (d_a judges images of A)."""
     generators, discriminators = {}, {}
+    tam = config.model == "guided" and config.attention_map == "tam"
+    kind = ResidualAttentionDiscriminator if tam else PatchDiscriminator
     for domain in ("a", "b"):
-        tam = config.model == "guided" and config.attention_map == "tam"
-        kind = ResidualAttentionDiscriminator if tam else PatchDiscriminator
         if config.l_gan:
             discriminators["d_" + domain] = kind(3, config.width, config.norm, config.head)
         if config.l_paired:
             discriminators["paired_" + domain] = kind(1 + 3, config.width, config.norm, config.head)
-    for source, target in ("ab", "ba"):
+    for direction in ("ab", "ba"):
         kinds = {"scheme1": SchemeOneGenerator, "cyclegan": CycleGANGenerator, "mejjati": GatedGenerator,
                  "scheme2": functools.partial(SchemeTwoGenerator, masks=config.masks),
-                 "guided": functools.partial(GuidedGenerator, discriminators.get("d_" + source))}
-        generator = kinds[config.model](width=config.width, blocks=config.blocks, norm=config.norm)
-        generators[f"g_{source}{target}"] = generator
+                 "guided": functools.partial(GuidedGenerator, discriminators.get("d_" + direction[0]))}
+        generators["g_" + direction] = kinds[config.model](config.width, config.blocks, norm=config.norm)
     nets = nn.ModuleDict(generators | discriminators)
     for module in nets.modules():  # N(0, 0.02), a norm's weights N(1, 0.02), as in DCGAN
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
@@ -511,13 +511,17 @@ def to_tensor(image: Image.Image) -> Tensor:
     """RGB image -> (3, H, W) in [-1, 1]."""
     return TF.to_tensor(image) * 2 - 1
 
-def to_bytes(x: Tensor) -> Tensor:
-    """[0, 1] -> 0 to 255, rounded, so that a copied pixel keeps its value."""
-    return (255 * x).round().clamp(0, 255).byte().cpu()
+def to_image(x: Tensor) -> Image.Image:
+    """(3 or 1, H, W) in [0, 1] -> RGB or grey; rounded, so that a copied pixel keeps its value."""
+    return TF.to_pil_image((255 * x).round().clamp(0, 255).byte().cpu())
 
 def shrink(image: Image.Image, size: int) -> Image.Image:
     """The shorter side becomes `size`; proportions stay."""
     return TF.resize(image, size, TF.InterpolationMode.BICUBIC)
+
+def sample_image(path: Path, size: int) -> Tensor:
+    """For the sample grids: resized, the middle cut out. (3, size, size) in [-1, 1]."""
+    return to_tensor(TF.center_crop(shrink(load_image(path), size), size))
 
 @functools.lru_cache(maxsize=4)
 def permutation(n: int, key: str) -> list[int]:
@@ -611,13 +615,13 @@ class Trainer:
 
     def train_step(self, real_a: Tensor, real_b: Tensor) -> dict[str, Tensor]:
         """Generators, then discriminators on pooled fakes. Returns the loss terms and the masks' means."""
-        at = self.config, self.progress
-        loss, terms, fake_a, fake_b = generator_objective(self.nets, real_a, real_b, *at)
+        loss, terms, fake_a, fake_b = generator_objective(
+            self.nets, real_a, real_b, self.config, self.progress)
         self.update("g", loss)
         pooled = [pool.query(fake.image, fake.foreground)
                   for pool, fake in ((self.pools["a"], fake_a), (self.pools["b"], fake_b))]
         reals = (real_a, fake_b.foreground.detach()), (real_b, fake_a.foreground.detach())
-        loss, judged = discriminator_objective(self.nets, *reals, *pooled, *at)
+        loss, judged = discriminator_objective(self.nets, *reals, *pooled, self.config, self.progress)
         self.update("d", loss)
         self.step += 1
         figures = {**terms, **judged, "attention_ab": fake_b.foreground.mean(),
@@ -717,9 +721,10 @@ def train(config: Config, resume: bool = False) -> Path:
     if resume and (out / "checkpoint.pt").exists():
         trainer.load_state_dict(load_checkpoint(out, device))
     trim_log(out / "log.csv", trainer.step)
-    tests = zip(*(list_images(sibling(folder, "train", "test") or folder)[:4] for folder in folders))
-    shown = [torch.stack([TF.center_crop(to_tensor(shrink(load_image(path), config.size)), config.size)
-                          for path in paths]).to(device) for paths in zip(*tests)]  # as many of A as of B
+    tests = [list_images(sibling(folder, "train", "test") or folder)[:4] for folder in folders]
+    count = min(map(len, tests))
+    shown = [torch.stack([sample_image(path, config.size) for path in paths[:count]]).to(device)
+             for paths in tests]
     (out / "samples").mkdir(parents=True, exist_ok=True)
 
     def save():
@@ -784,9 +789,9 @@ def translate(run, inputs: list, to: str, out, attention: bool = False, device: 
     for target, path in jobs.items():
         t = apply_any_size(generator, to_tensor(load_image(path)).to(device))
         target.parent.mkdir(parents=True, exist_ok=True)
-        TF.to_pil_image(to_bytes(t.image[0] / 2 + 0.5)).save(target, quality=95)
+        to_image(t.image[0] / 2 + 0.5).save(target, quality=95)
         if attention:
-            TF.to_pil_image(to_bytes(t.foreground[0])).save(mask_path(target))
+            to_image(t.foreground[0]).save(mask_path(target))
         print(target, flush=True)
     return list(jobs)
 
@@ -815,7 +820,7 @@ def fidelity(weights: str, device: torch.device):
     try:
         torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would run a pickle's code
         FeatureExtractorInceptionV3("", ["2048"], str(path))
-    except Exception:  # likewise
+    except Exception:  # a foreign file can raise anything
         raise BadInput(f"--kid: no Inception weights in {path}; download {URL_INCEPTION_V3}, and name "
                        "the file by --inception-weights") from None
 
@@ -836,12 +841,10 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", kid: bool = False
 
     Folders not given: testA and testB beside the training folders; masksA and masksB beside those, if any.
     A mask has its image's name (any extension) and size; white is the foreground. None: not measured.
-    `save`: a new folder for the translations, a2b/NAME.png and b2a/NAME.png. `kid`: KID and FID, too, of the
-    translations against the target's test images."""
-    device, results, seen = pick_device(device), {}, {name: [] for name in ("a", "b", "a2b", "b2a")}
+    `save`: new folder for the translations, a2b/NAME.png; `kid`: their KID and FID to the target's images."""
+    device, results, tests, seen = pick_device(device), {}, {}, collections.defaultdict(list)
     measure = fidelity(inception_weights, device) if kid else None
     nets, config = load_generators(run, device)
-    tests = {}
     for source, folder, trained in zip("ab", (a, b), domain_folders(config)):
         folder = folder or sibling(trained, "train", "test")
         if not folder:
@@ -852,12 +855,13 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", kid: bool = False
         if kid and len(tests[source][1]) < 4:
             raise BadInput(f"--kid: {folder} has fewer than four images")
     for source, target, masks in zip("ab", "ba", (masks_a, masks_b)):
-        folder, paths = tests[source]
+        direction, (folder, paths) = f"{source}2{target}", tests[source]
         masks = masks or sibling(folder, "test", "masks")
         truth = {path.stem: path for path in list_images(masks)} if masks else {}
         figures = []
         for path in paths:
-            x, mask = to_tensor(shrink(load_image(path), config.size)).to(device), None
+            real, mask = shrink(load_image(path), config.size), None
+            x = to_tensor(real).to(device)
             if masks:
                 if path.stem not in truth:
                     raise BadInput(f"{masks}: no mask for {path.name}")
@@ -865,17 +869,17 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", kid: bool = False
                 mask = TF.resize(mask, x.shape[-2:])[0] >= 0.5
             t = apply_any_size(nets["g_" + source + target], x)
             figures.append(mask_figures(x[None], t, mask))
-            image = to_bytes(t.image[0] / 2 + 0.5)
+            fake = to_image(t.image[0] / 2 + 0.5)
             if kid:
-                seen[source].append(to_bytes(x / 2 + 0.5))
-                seen[f"{source}2{target}"].append(image)
+                seen[source].append(TF.pil_to_tensor(real))
+                seen[direction].append(TF.pil_to_tensor(fake))
             if save:
-                new = Path(save, f"{source}2{target}", path.relative_to(folder)).with_suffix(".png")
+                new = Path(save, direction, path.relative_to(folder)).with_suffix(".png")
                 new.parent.mkdir(parents=True, exist_ok=True)
                 with open(new, "xb") as file:  # an error where two images differ in their suffixes alone
-                    TF.to_pil_image(image).save(file, "PNG")
+                    fake.save(file, "PNG")
         means = {k: torch.tensor([f[k] for f in figures]).nanmean().item() for k in figures[0]}
-        results[f"{source}2{target}"] = {k: None if math.isnan(v) else v for k, v in means.items()}
+        results[direction] = {k: None if math.isnan(v) else v for k, v in means.items()}
     for direction in results if kid else ():
         results[direction] |= measure(seen[direction], seen[direction[-1]])
     return results
