@@ -3,8 +3,7 @@
 Two folders of images, A and B, without pairs. A generator G: A -> B learns to change what makes an A an A and
 to leave the rest alone: beside new pixels (content, C) it predicts where to use them (attention, a). A second
 generator F: B -> A does the converse, and discriminators judge the results. For x of A and y of B, and the
-same with A and B exchanged (G is `g_ab`, F is `g_ba`, but the code's `F` is torch.nn.functional; the numbers
-are this file's own, used all through it):
+same with A and B exchanged (G is `g_ab` and F `g_ba` in the code; the numbers are this file's own):
 
     (1) fusion         G(x) = sum_{f=1}^{n-1} a_f * C_f + a_n * x     `fuse`   sum_f a_f = 1, a_n: background
     (2) scheme I       n = 2, a = (s, 1 - s), s = sigmoid(.)          `SchemeOneGenerator`    C = tanh(.)
@@ -28,13 +27,11 @@ are this file's own, used all through it):
 
 Shapes: B batch, H x W image size (multiples of 4), n masks, the last one the background's.
 Images are (B, 3, H, W) in [-1, 1]; masks are in [0, 1].
+Part I (sections 1-6) is the method: tensors in, tensors out. Part II (7-10) is the machinery around it.
 
-    python aggan.py train                                    the bundled drawings: minutes on a CPU
-    python aggan.py train --a trainA --b trainB              your folders
+    python aggan.py train [--a trainA --b trainB]            your folders, or the bundled drawings
     python aggan.py translate runs/NAME photo.jpg folder/ --to b --out translated/
     python aggan.py evaluate runs/NAME --a testA --b testB
-
-Part I (sections 1-6) is the method: tensors in, tensors out. Part II (7-10) is the machinery around it.
 """
 import argparse
 import collections
@@ -46,29 +43,28 @@ import math
 import os
 import random
 import re
+import runpy
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
 from torchvision.utils import save_image
 
 # ======================================== Part I: the method ========================================
 # ---------------------------------------- 1. the fusion formula ----------------------------------------
-
 class Translation(NamedTuple):
     """What every generator returns."""
     image: Tensor      # (B, 3, H, W) in [-1, 1]
     attention: Tensor  # (B, n, H, W) in [0, 1], sums to 1 over n; the last mask is the background
     content: Tensor    # (B, n-1, 3, H, W) in [-1, 1]
-
     @property
     def foreground(self) -> Tensor:
         """(B, 1, H, W) in [0, 1]: how much of each pixel is new, where content and input are fused."""
@@ -76,7 +72,6 @@ class Translation(NamedTuple):
 
 def fuse(x: Tensor, attention: Tensor, content: Tensor) -> Tensor:
     """Eq. (1): new content where the foreground masks look, the input itself where the background mask does.
-
     x (B, 3, H, W), attention (B, n, H, W), content (B, n-1, 3, H, W) -> (B, 3, H, W).
     ValueError where n masks do not meet n - 1 contents."""
     if attention.shape[1] != content.shape[1] + 1:
@@ -85,7 +80,6 @@ def fuse(x: Tensor, attention: Tensor, content: Tensor) -> Tensor:
     return (foreground[:, :, None] * content).sum(1) + background * x  # (B, 3, H, W)
 
 # ---------------------------------------- 2. building blocks ----------------------------------------
-
 NORMS = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}  # the first without affine, its default
 
 def conv_block(in_channels: int, out_channels: int, kernel: int, stride: int = 1, norm: str = "instance"):
@@ -103,7 +97,6 @@ class ResidualBlock(nn.Module):
         self.body = nn.Sequential(conv_block(channels, channels, 3, norm=norm),
                                   nn.Conv2d(channels, channels, 3, padding=1, padding_mode="reflect"),
                                   NORMS[norm](channels))
-
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
 
@@ -126,6 +119,7 @@ class Decoder(nn.Sequential):
 
 # ---------------------------------------- 3. generators ----------------------------------------
 # forward of each: (B, 3, H, W) in [-1, 1] -> `Translation`; H and W are multiples of 4, at least 16.
+# .float(): also where autocast makes the convolutions' results bf16 or fp16, masks and fusion are float32.
 
 class SchemeOneGenerator(nn.Module):
     """Scheme I (Tang 2019; Eq. 2): one decoder gives one attention mask and one content image; n = 2."""
@@ -133,9 +127,8 @@ class SchemeOneGenerator(nn.Module):
         super().__init__()
         self.encoder = Encoder(width, blocks, norm)
         self.decoder = Decoder(1 + 3, width, norm)
-
     def forward(self, x: Tensor) -> Translation:
-        mask, content = self.decoder(self.encoder(x)).split([1, 3], dim=1)
+        mask, content = self.decoder(self.encoder(x)).float().split([1, 3], dim=1)
         mask = mask.sigmoid()                                           # (B, 1, H, W)
         attention = torch.cat([mask, 1 - mask], dim=1)                  # (B, 2, H, W)
         content = content.tanh()[:, None]                               # (B, 1, 3, H, W)
@@ -148,11 +141,10 @@ class SchemeTwoGenerator(nn.Module):
         self.encoder = Encoder(width, blocks, norm)                     # G_E
         self.attention_decoder = Decoder(masks, width, norm)            # G_A
         self.content_decoder = Decoder(3 * (masks - 1), width, norm)    # G_C
-
     def forward(self, x: Tensor) -> Translation:
         features = self.encoder(x)                                      # (B, 4*width, H/4, W/4)
-        attention = self.attention_decoder(features).softmax(dim=1)     # (B, n, H, W)
-        content = self.content_decoder(features).tanh()                 # (B, 3(n-1), H, W)
+        attention = self.attention_decoder(features).float().softmax(dim=1)  # (B, n, H, W)
+        content = self.content_decoder(features).float().tanh()         # (B, 3(n-1), H, W)
         content = content.unflatten(1, (-1, 3))                         # (B, n-1, 3, H, W)
         return Translation(fuse(x, attention, content), attention, content)
 
@@ -162,9 +154,8 @@ class CycleGANGenerator(nn.Module):
         super().__init__()
         self.encoder = Encoder(width, blocks, norm)
         self.decoder = Decoder(3, width, norm)
-
     def forward(self, x: Tensor) -> Translation:
-        content = self.decoder(self.encoder(x)).tanh()[:, None]         # (B, 1, 3, H, W)
+        content = self.decoder(self.encoder(x)).float().tanh()[:, None]  # (B, 1, 3, H, W)
         mask = torch.ones_like(x[:, :1])                                # (B, 1, H, W)
         attention = torch.cat([mask, 1 - mask], dim=1)                  # (B, 2, H, W)
         return Translation(fuse(x, attention, content), attention, content)
@@ -176,7 +167,9 @@ class AttentionNetwork(nn.Sequential):
                          conv_block(width, 2 * width, 3, stride=2, norm=norm), ResidualBlock(2 * width, norm),
                          nn.Upsample(scale_factor=2), conv_block(2 * width, 2 * width, 3, norm=norm),
                          nn.Upsample(scale_factor=2), conv_block(2 * width, width, 3, norm=norm),
-                         nn.Conv2d(width, 1, 7, padding=3, padding_mode="reflect"), nn.Sigmoid())
+                         nn.Conv2d(width, 1, 7, padding=3, padding_mode="reflect"))
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float().sigmoid()
 
 class GatedGenerator(nn.Module):
     """Mejjati 2018: F, CycleGAN's, sees the foreground alone: a F(a x) + (1 - a) x; n = 2."""
@@ -185,7 +178,6 @@ class GatedGenerator(nn.Module):
         self.attention_network = AttentionNetwork(max(1, width // 2), norm)
         self.generator = CycleGANGenerator(width, blocks, norm)
         self.frozen = False  # set by `switch`: the attention network learns no more
-
     def forward(self, x: Tensor) -> Translation:
         mask = self.attention_network(x)                                # (B, 1, H, W)
         mask = mask.detach() if self.frozen else mask
@@ -200,23 +192,18 @@ class GuidedGenerator(nn.Module):
         super().__init__()
         self.generator = CycleGANGenerator(width, blocks, norm)
         self.guide = (discriminator,)  # in a tuple, so that its weights are not this network's too
-
     def forward(self, x: Tensor) -> Translation:
-        with torch.no_grad():
-            mask = self.guide[0].attention(x)                           # (B, 1, H, W)
+        mask = self.guide[0].attention(x).detach()                      # (B, 1, H, W)
         image, _, content = self.generator(x * (1 + mask))
         return Translation(image, torch.cat([mask, 1 - mask], dim=1), content)
 
 # ---------------------------------------- 4. discriminators ----------------------------------------
-
 class PatchDiscriminator(nn.Module):
     """Says of overlapping patches (head "patch") or of the whole image (head "pooled") whether they are real.
-
     patch (Isola et al. 2017): C64 C128 C256 stride 2, C512 stride 1, conv to one map; no norm in C64. Each
     logit sees 70 x 70 pixels. (B, in_channels, H, W) -> (B, 1, H//8 - 2, W//8 - 2); H, W >= 24.
     pooled (Tang 2019): C64 C128 C256 C512 stride 2, C512 stride 1 without norm, average, conv to one number.
     (B, in_channels, H, W) -> (B, 1, 1, 1); H, W >= 32."""
-
     def __init__(self, in_channels: int = 3, width: int = 64, norm: str = "instance", head: str = "patch"):
         super().__init__()
         if head not in ("patch", "pooled"):
@@ -233,24 +220,20 @@ class PatchDiscriminator(nn.Module):
             [*block(8 * width, 8 * width, 1, normed=False), nn.AdaptiveAvgPool2d(1),
              nn.Conv2d(8 * width, 1, 1)] if pooled else [nn.Conv2d(8 * width, 1, 4, padding=1)]))
         self.normed = True  # set by `switch`: whether the norms are used
-
     def run(self, layers: nn.Sequential, x: Tensor) -> Tensor:
         for layer in layers:
             if self.normed or not isinstance(layer, tuple(NORMS.values())):
                 x = layer(x)
         return x
-
     def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the head reads and what `attention` averages, (B, 4*width, H/8, W/8) each."""
         features = self.run(self.trunk, self.run(self.stem, x))
         return features, features
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(self.head, self.look(x)[0])
-
+        return self.run(self.head, self.look(x)[0]).float()
     def attention(self, x: Tensor) -> Tensor:
         """PHA (Lin 2021): where the third block responds. Images -> (B, 1, H, W) in [0, 1]."""
-        a = self.look(x)[1].abs().mean(1, keepdim=True)
+        a = self.look(x)[1].float().abs().mean(1, keepdim=True)
         low, high = a.amin((2, 3), keepdim=True), a.amax((2, 3), keepdim=True)
         return F.interpolate((a - low) / (high - low).clamp(min=1e-6), size=x.shape[-2:], mode="bilinear")
 
@@ -265,7 +248,6 @@ class ResidualAttentionDiscriminator(PatchDiscriminator):
             nn.MaxPool2d(3, 2, padding=1), conv_block(2 * width, wide, 3, norm=norm),
             conv_block(wide, wide, 3, norm=norm), conv_block(wide, wide, 3, norm=norm))
         self.mix = nn.Sequential(nn.Conv2d(wide, wide, 1), nn.ReLU(), nn.Conv2d(wide, wide, 1), nn.Sigmoid())
-
     def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
         stem = self.run(self.stem, x)                                   # (B, width, H/2, W/2)
         trunk = self.run(self.trunk, stem)                              # (B, 4*width, H/8, W/8)
@@ -286,10 +268,8 @@ def masked(image: Tensor, mask: Tensor, tau: float = 0.1) -> Tensor:
     return image * (mask >= tau)
 
 # ---------------------------------------- 5. losses ----------------------------------------
-
 def adversarial_loss(logits: Tensor, real: bool, kind: str = "lsgan") -> Tensor:
     """Eqs. (4) and (5): how far `logits` (any shape) are from the verdict "real" or "fake"; a scalar.
-
     lsgan (Mao et al. 2017): mean (logit - target)^2. vanilla (the papers' log form): mean cross-entropy; the
     generator asks for `real=True`, the non-saturating form. ValueError for another kind."""
     target = torch.ones_like(logits) if real else torch.zeros_like(logits)  # nothing to broadcast
@@ -319,7 +299,6 @@ def total_variation_loss(mask: Tensor) -> Tensor:
     return (down + across) / mask.shape[0]
 
 # ---------------------------------------- 6. the objective ----------------------------------------
-
 @dataclasses.dataclass
 class Config:
     """One run. Each field is an option of `train`, its comment the help text. In order of precedence: command
@@ -348,13 +327,16 @@ class Config:
     switch: float = 0.3            # fraction of the run before tau, if any; then mejjati's masks are frozen
     size: int = 256                # side of the training crops, a multiple of 4
     resize: int = 286              # shorter side of the images before cropping
-    batch_size: int = 1            # pairs a step
+    batch_size: int = 1            # pairs a step, of each process
     epochs: int = 200              # passes over the larger folder
     steps: int = 0                 # length of the run in steps, in place of --epochs
     lr: float = 1e-4               # Adam's rate, constant for half of the run, then linearly to 0
     pool: int = 50                 # earlier fakes kept for the discriminators
     seed: int = 0                  # of weights, order, crops, flips and pools
     device: str = "auto"           # auto (cuda, else mps, else cpu) or a PyTorch device
+    precision: str = "auto"        # auto (bf16 or fp16 on CUDA, by its age; else fp32), fp32, bf16 or fp16
+    merge: bool = True             # real and fake, x and identity input in one batch; never with batch norm
+    compile: bool = True           # on CUDA: torch.compile the networks, replay the step as a CUDA graph
     workers: int = 4               # processes that load images; 0: none
     log_every: int = 100           # steps between progress lines, each a row of log.csv
     save_every: int = 1000         # steps between checkpoints, each with a sample grid
@@ -366,7 +348,6 @@ PRESETS: dict[str, dict] = {  # fields that --model sets
     "scheme1": {}, "scheme2": {}, "cyclegan": dict(objective="released"),
     "mejjati": dict(objective="released", l_identity=0.0, lr=1e-4, tau=0.1),
     "guided": dict(objective="released", l_identity=0.0)}
-UNFUSED = "cyclegan", "guided"  # fuse no mask of their own, so that none can collapse
 
 def build(config: Config) -> nn.ModuleDict:
     """The networks: g_ab, g_ba, and the discriminators of weights other than 0 (d_a judges images of A)."""
@@ -409,61 +390,54 @@ def judges(nets: nn.ModuleDict, domain: str, view) -> list[tuple]:
     return [(term, nets[name], view) for term, name, view in table if name in nets]
 
 def curriculum(config: Config, progress: float) -> tuple[float, float]:
-    """The factors (r, 1 - r) of Eq. (10) at `progress` in [0, 1]; (1, 1) without a curriculum.
-    The papers step from 0.01 to r; in a short run that drives the attention to 0, and `r_ramp` does not."""
+    """The factors (r, 1 - r) of Eq. (10) at `progress` in [0, 1]; (1, 1) without a curriculum."""
     if not config.r:
         return 1.0, 1.0
     r = 0.01 if progress < 0.05 else config.r * min(1.0, progress / max(config.r_ramp, 0.05))
     return r, 1 - r
 
-def weigh(losses: dict[str, Tensor], config: Config, progress: float) -> Tensor:
-    """Eq. (10): the generators' total from their terms, a scalar."""
-    keep, change = curriculum(config, progress)
+def weigh(losses: dict[str, Tensor], config: Config, factors: tuple) -> Tensor:
+    """Eq. (10): the generators' total from their terms, a scalar; `factors` as `curriculum` gives them."""
+    keep, change = factors
     factors = dict(cycle=keep, pixel=keep, identity=keep, gan=change, paired=change, tv=change)
     return sum(factors[term] * getattr(config, "l_" + term) * loss for term, loss in losses.items())
 
-def generator_objective(nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor, config: Config, progress: float):
-    """Eq. (10) for both directions: real_a, real_b (B, 3, H, W) -> the total, its terms (sums of both
-    directions, unweighted) and the Translations fake_a, fake_b.
-
+def generator_objective(g, g_back, judges: list[tuple], x: Tensor, y: Tensor, config: Config, factors: tuple):
+    """Eq. (10) of one direction: g translates x and g_back back; y is of the domain that g translates to,
+    `judges` are that domain's. x, y (B, 3, H, W) -> the total, its terms, and the Translation of x.
     Terms of weight 0 are not computed. Masks are not detached, so that they learn from every term."""
-    losses, fakes, view = collections.defaultdict(lambda: 0), {}, switch(nets, config, progress)
-    for source, target, x, y in (("a", "b", real_a, real_b), ("b", "a", real_b, real_a)):
-        g, g_back = nets[f"g_{source}{target}"], nets[f"g_{target}{source}"]
-        fakes[target] = fake = g(x)
-        for term, discriminator, see in judges(nets, target, view):
-            logits = discriminator(see(fake.image, fake.foreground))
-            losses[term] = losses[term] + adversarial_loss(logits, True, config.gan)
-        if config.l_cycle:
-            losses["cycle"] = losses["cycle"] + cycle_loss(g_back(fake.image).image, x)
-        if config.l_pixel:
-            losses["pixel"] = losses["pixel"] + pixel_loss(fake.image, x)
-        if config.l_identity:
-            losses["identity"] = losses["identity"] + identity_loss(g(y).image, y)
-        if config.l_tv:
-            losses["tv"] = losses["tv"] + total_variation_loss(fake.foreground)
-    return weigh(losses, config, progress), losses, fakes["a"], fakes["b"]
+    merge = config.l_identity and config.merge and config.norm == "instance"  # norms every image for itself
+    t = g(torch.cat([x, y]) if merge else x)                            # (B or 2B, ...)
+    fake = Translation(*(part[:len(x)] for part in t))
+    losses = {term: adversarial_loss(discriminator(view(fake.image, fake.foreground)), True, config.gan)
+              for term, discriminator, view in judges}
+    if config.l_cycle:
+        losses["cycle"] = cycle_loss(g_back(fake.image).image, x)
+    if config.l_pixel:
+        losses["pixel"] = pixel_loss(fake.image, x)
+    if config.l_identity:
+        losses["identity"] = identity_loss(t.image[len(x):] if merge else g(y).image, y)
+    if config.l_tv:
+        losses["tv"] = total_variation_loss(fake.foreground)
+    return weigh(losses, config, factors), losses, fake
 
-def discriminator_objective(nets: nn.ModuleDict, real_a: tuple, real_b: tuple, fake_a: tuple, fake_b: tuple,
-                            config: Config, progress: float):
-    """Eqs. (4) and (5) for the discriminators, halved; returns the total and its terms.
-
-    All four are (image, mask), detached: a fake and the mask that made it, a real image and the mask of its
-    own translation. As in Eq. (5), `paired` sees the fake's mask beside the real image too."""
-    losses, view = collections.defaultdict(lambda: 0), switch(nets, config, progress)
-    for domain, (real, own), (fake, mask) in (("a", real_a, fake_a), ("b", real_b, fake_b)):
-        for term, discriminator, see in judges(nets, domain, view):
-            seen = see(real, mask if see is paired else own)
-            on_real = adversarial_loss(discriminator(seen), True, config.gan)
-            on_fake = adversarial_loss(discriminator(see(fake, mask)), False, config.gan)
-            losses["d_" + term] = losses["d_" + term] + (on_real + on_fake) / 2
+def discriminator_objective(judges: list[tuple], real: tuple, fake: tuple, config: Config):
+    """Eqs. (4) and (5) for the `judges` of one domain, halved -> the total and its terms.
+    real and fake are (image, mask), detached: a fake and the mask that made it, a real image and the mask of
+    its own translation. As in Eq. (5), `paired` sees the fake's mask beside the real image too."""
+    losses = {}
+    for term, discriminator, view in judges:
+        seen = view(real[0], fake[1] if view is paired else real[1]), view(*fake)
+        merge = config.merge and config.norm == "instance"
+        on_real, on_fake = discriminator(torch.cat(seen)).chunk(2) if merge else map(discriminator, seen)
+        losses["d_" + term] = (adversarial_loss(on_real, True, config.gan)
+                               + adversarial_loss(on_fake, False, config.gan)) / 2
     return sum(losses.values()), losses
 
 class ImagePool:
     """Up to `size` earlier fakes, each with its mask: a discriminator's memory (Shrivastava et al. 2017)."""
     def __init__(self, size: int = 50):
         self.size, self.items = size, []
-
     def query(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W), (B, 1, H, W) -> the same shapes: each pair itself, or, half of the time once the pool
         is full, an earlier pair whose place it takes."""
@@ -480,13 +454,13 @@ class ImagePool:
 
 # ======================================== Part II: the machinery ========================================
 # ---------------------------------------- 7. data ----------------------------------------
-
 class BadInput(Exception):
     """Something the user gave is no use: the command line prints this one line and exits with status 2."""
 
 DATA = Path(__file__).resolve().parent / "data"  # the bundled mini set; below, the fields that it sets
 MINI = dict(size=64, resize=72, width=16, blocks=3, r=0.5, r_ramp=1.0, steps=2000, lr=4e-4, workers=0,
-            log_every=50, save_every=400)
+            log_every=50, save_every=400, compile=False)
+WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # other formats are written as PNG
 
 def list_images(folder: str | Path) -> list[Path]:
     """The folder's image files, sorted by path, subfolders included. BadInput where there is none."""
@@ -529,20 +503,15 @@ def permutation(n: int, key: str) -> list[int]:
 
 class UnpairedImages(Dataset):
     """Pairs (real_a, real_b) of (3, size, size) in [-1, 1]: resized, randomly cropped, randomly mirrored.
-
     Pair i is a function of `seed` and i alone, for any i >= 0 (give a loader a sampler): a resumed run sees
     what an uninterrupted one would have. Each folder is walked in shuffled passes; len() is the longer's."""
-
     def __init__(self, folder_a, folder_b, size: int = 256, resize: int = 286, seed: int = 0):
         self.paths = {"a": list_images(folder_a), "b": list_images(folder_b)}
         self.size, self.resize, self.seed = size, resize, seed
-
     def __len__(self) -> int:
         return max(map(len, self.paths.values()))
-
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         return self.load("a", i), self.load("b", i)
-
     def load(self, domain: str, i: int) -> Tensor:
         paths, rng = self.paths[domain], random.Random(f"{self.seed} {domain} {i}")
         epoch, position = divmod(i, len(paths))
@@ -553,9 +522,8 @@ class UnpairedImages(Dataset):
         return to_tensor(ImageOps.mirror(image) if rng.random() < 0.5 else image)
 
 def panels(x: Tensor, t: Translation) -> Tensor:
-    """(B, 3, H, W) and its translation -> (B, 4, 3, H, W): input, foreground attention, content, translation.
-
-    The content shown is the mean of the n - 1 contents, weighted by their masks."""
+    """(B, 3, H, W) and its translation -> (B, 4, 3, H, W): input, foreground attention, content (the mean of
+    the n - 1, weighted by their masks), translation."""
     weight = t.attention[:, :-1, None] + 1e-6
     content = (weight * t.content).sum(1) / weight.sum(1)
     return torch.stack([x, (t.foreground * 2 - 1).expand_as(x), content, t.image], dim=1)
@@ -570,80 +538,153 @@ def domain_folders(config: Config) -> tuple[Path, Path]:
     return Path(config.a or DATA / "trainA"), Path(config.b or DATA / "trainB")
 
 # ---------------------------------------- 8. training ----------------------------------------
-
 def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = next((kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()), "cpu")
     try:
+        if name.startswith("cuda"):  # torchrun says which one is this process's
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", torch.device(name).index or 0)))
+            torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be recorded in the default one
+            name = "cuda"
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, absent, or without data
         raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from None
     return torch.device(name)
 
+def compiler_works(device: torch.device) -> bool:
+    try:
+        return bool(torch.compile(torch.cos)(torch.zeros(8, device=device)).sum() == 8)
+    except Exception as error:  # no C compiler, no Triton, a Python too new: each raises something else
+        print(f"torch.compile does not work here, going on without: {str(error).partition(chr(10))[0]}")
+        return False
+
 def learning_rate(config: Config, progress: float) -> float:
     """Constant for the first half of the run, then linearly to 0 at progress = 1."""
     return config.lr * min(1.0, 2 - 2 * progress)
 
-FORMAT = 2  # of the checkpoints
+UNFUSED = "cyclegan", "guided"  # fuse no mask of their own, so that none can collapse
+FORMAT = 3  # of the checkpoints
+PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
 
 class Trainer:
-    """Networks, optimisers, pools, position of a run: all that a checkpoint holds, and the training step."""
+    """Networks, optimisers, pools, position of a run: all that a checkpoint holds, and the training step.
+    Under torchrun one of several processes, each with its own images and pools; gradients are averaged."""
     def __init__(self, config: Config, total: int, device: torch.device):
+        self.config, self.total, self.device, self.step = config, total, device, 0
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         torch.manual_seed(config.seed)
-        self.config, self.total, self.step = config, total, 0
         self.nets = build(config).to(device)
-        self.parameters = {"g": [], "d": []}
-        for name, net in self.nets.items():
-            self.parameters["g" if name.startswith("g_") else "d"] += net.parameters()
+        torch.manual_seed(config.seed + self.rank)
+        cuda = device.type == "cuda"
+        torch.backends.cudnn.benchmark = True  # all batches have one shape
+        works = config.compile and cuda and compiler_works(device)
+        self.fast = {k: torch.compile(net, dynamic=False) if works else net for k, net in self.nets.items()}
+        self.graphs: dict[tuple, list] | None = {} if config.compile and cuda else None
+        self.parameters = {k: [p for name, net in self.nets.items() if name.startswith("g_") == (k == "g")
+                               for p in net.parameters()] for k in ("g", "d")}
         self.optimizers = {k: torch.optim.Adam(p, config.lr, betas=(0.5, 0.999), fused=True)
                            for k, p in self.parameters.items()}
+        auto = "fp32" if not cuda else "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+        self.dtype = PRECISIONS[auto if config.precision == "auto" else config.precision]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.parts = {"nets": self.nets, "scaler": self.scaler, **self.optimizers}  # of a checkpoint
+        self.factors = torch.ones(2, device=device).unbind()  # of Eq. (10); a graph would keep numbers
         self.pools = {"a": ImagePool(config.pool), "b": ImagePool(config.pool)}
         self.sums: dict[str, Tensor] = {}  # of the logged figures since the last line
-
-    @property
-    def progress(self) -> float:
-        return self.step / self.total
-
-    def update(self, which: str, loss: Tensor):
-        """One Adam step on the generators ("g") or the discriminators ("d"); the others get no gradient."""
-        optimizer = self.optimizers[which]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.progress)
-        optimizer.zero_grad()
-        loss.backward(inputs=self.parameters[which])
-        optimizer.step()
-
+        self.log: list[dict] = []          # those lines
+    def backward(self, which: str, objective, *arguments):
+        """Runs an objective, adds its gradients to those of the generators ("g") or the discriminators ("d").
+        -> its terms and what else it returns."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            loss, terms, *rest = objective(*arguments)
+        self.scaler.scale(loss).backward(inputs=self.parameters[which])
+        return {name: term.detach() for name, term in terms.items()}, *rest
+    def generator_gradients(self, real_a: Tensor, real_b: Tensor):
+        """-> the loss terms, sums of both directions, and the fakes of A and B, (image, mask) each."""
+        sums, fakes = collections.Counter(), {}
+        self.optimizers["g"].zero_grad()
+        for source, target, x, y in (("a", "b", real_a, real_b), ("b", "a", real_b, real_a)):
+            g, g_back = self.fast["g_" + source + target], self.fast["g_" + target + source]
+            terms, fake = self.backward("g", generator_objective, g, g_back, judges(
+                self.fast, target, self.view), x, y, self.config, self.factors)
+            sums.update(terms)
+            fakes[target] = fake.image.detach(), fake.foreground.detach()
+        return dict(sums), fakes["a"], fakes["b"]
+    def discriminator_gradients(self, *seen: Tensor) -> dict[str, Tensor]:
+        """seen: a real image, its mask, a fake and its mask of A, then of B. -> the loss terms."""
+        sums = collections.Counter()
+        self.optimizers["d"].zero_grad()
+        for domain, real, fake in (("a", seen[:2], seen[2:4]), ("b", seen[4:6], seen[6:])):
+            sums.update(*self.backward("d", discriminator_objective, judges(self.fast, domain, self.view),
+                                       real, fake, self.config))
+        return dict(sums)
+    def launch(self, function, *inputs: Tensor):
+        """function(*inputs). On CUDA the fourth call is recorded as a graph, which is replayed from then on:
+        one launch for thousands. What a replay returns, the next one overwrites."""
+        if self.graphs is None:
+            return function(*inputs)
+        graph = self.graphs.setdefault((function.__name__, self.view is whole), [])
+        if len(graph) < 3:  # compilers and libraries settle first
+            graph.append(None)
+            return function(*inputs)
+        if graph[0] is None:
+            memory = next((g[0].pool() for g in self.graphs.values() if g[0]), None)  # all share it
+            graph[:] = torch.cuda.CUDAGraph(), [x.clone() for x in inputs], None
+            with torch.cuda.graph(graph[0], memory, torch.cuda.current_stream(),
+                                  capture_error_mode="thread_local"):  # loaders pin memory meanwhile
+                graph[2] = function(*graph[1])
+        for static, new in zip(graph[1], inputs):
+            static.copy_(new)
+        graph[0].replay()
+        return graph[2]
+    def update(self, which: str):
+        """One Adam step of the generators ("g") or the discriminators ("d")."""
+        if self.world > 1:
+            gradients = [p.grad for p in self.parameters[which] if p.grad is not None]
+            mean = torch.cat([g.flatten() for g in gradients]) / self.world
+            dist.all_reduce(mean)
+            for g, new in zip(gradients, mean.split([g.numel() for g in gradients])):
+                g.copy_(new.view_as(g))
+        for group in self.optimizers[which].param_groups:
+            group["lr"] = learning_rate(self.config, self.step / self.total)
+        self.scaler.step(self.optimizers[which])
     def train_step(self, real_a: Tensor, real_b: Tensor) -> dict[str, Tensor]:
         """Generators, then discriminators on pooled fakes. Returns the loss terms and the masks' means."""
-        loss, terms, fake_a, fake_b = generator_objective(
-            self.nets, real_a, real_b, self.config, self.progress)
-        self.update("g", loss)
-        pooled = [pool.query(fake.image, fake.foreground)
-                  for pool, fake in ((self.pools["a"], fake_a), (self.pools["b"], fake_b))]
-        reals = (real_a, fake_b.foreground.detach()), (real_b, fake_a.foreground.detach())
-        loss, judged = discriminator_objective(self.nets, *reals, *pooled, self.config, self.progress)
-        self.update("d", loss)
+        real_a, real_b = (x.to(self.device, non_blocking=True) for x in (real_a, real_b))
+        self.view = switch(self.nets, self.config, self.step / self.total)
+        for factor, value in zip(self.factors, curriculum(self.config, self.step / self.total)):
+            factor.fill_(value)
+        terms, fake_a, fake_b = self.launch(self.generator_gradients, real_a, real_b)
+        self.update("g")
+        seen = (real_a, fake_b[1], *self.pools["a"].query(*fake_a),  # a real image with its own mask
+                real_b, fake_a[1], *self.pools["b"].query(*fake_b))
+        terms = {**terms, **self.launch(self.discriminator_gradients, *seen),
+                 "attention_ab": fake_b[1].mean(), "attention_ba": fake_a[1].mean()}
+        self.update("d")
+        self.scaler.update()
         self.step += 1
-        figures = {**terms, **judged, "attention_ab": fake_b.foreground.mean(),
-                   "attention_ba": fake_a.foreground.mean()}
-        figures = {k: v.detach() for k, v in figures.items()}
-        self.sums = {k: self.sums.get(k, 0) + v for k, v in figures.items()}
-        return figures
-
+        self.sums = {k: self.sums.get(k, 0) + v for k, v in terms.items()}
+        return {k: v.clone() for k, v in terms.items()}
     def state_dict(self) -> dict:
+        """Of all processes; each has to call it."""
+        own = {"random": torch.get_rng_state(), "pools": {
+            k: [(image.cpu(), mask.cpu()) for image, mask in pool.items] for k, pool in self.pools.items()}}
+        everyone = [own] * self.world
+        if self.world > 1:
+            dist.gather_object(own, everyone if self.rank == 0 else None)
         return {"format": FORMAT, "config": dataclasses.asdict(self.config), "step": self.step,
-                "nets": self.nets.state_dict(), "sums": self.sums, "random": torch.get_rng_state(),
-                "optimizers": {k: optimizer.state_dict() for k, optimizer in self.optimizers.items()},
-                "pools": {k: pool.items for k, pool in self.pools.items()}}
-
+                "sums": self.sums, "log": self.log, "processes": everyone,
+                "parts": {k: part.state_dict() for k, part in self.parts.items()}}
     def load_state_dict(self, state: dict):
-        self.step, self.sums = state["step"], state["sums"]
-        self.nets.load_state_dict(state["nets"])
-        for k, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][k])
+        if len(state["processes"]) != self.world:
+            raise BadInput(f"--resume: a run of {len(state['processes'])} processes, here are {self.world}")
+        self.step, self.sums, self.log = state["step"], state["sums"], state["log"]
+        for k in filter(state["parts"].get, self.parts):  # a scaler that was not needed is empty
+            self.parts[k].load_state_dict(state["parts"][k])
+        own = state["processes"][self.rank]
         for k, pool in self.pools.items():
-            pool.items = state["pools"][k]
-        torch.set_rng_state(state["random"].cpu())
+            pool.items = [(image.to(self.device), mask.to(self.device)) for image, mask in own["pools"][k]]
+        torch.set_rng_state(own["random"].cpu())
 
 def save_checkpoint(path: Path, state: dict):
     """Written beside, then renamed: a checkpoint is whole or not there."""
@@ -656,8 +697,7 @@ def save_checkpoint(path: Path, state: dict):
 
 def load_checkpoint(run: str | Path, device: torch.device) -> dict:
     """A run folder or its checkpoint.pt -> the state. Never runs code from the file (weights_only)."""
-    path = Path(run)
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    path = Path(run, "checkpoint.pt") if Path(run).is_dir() else Path(run)
     if not path.is_file():
         raise BadInput(f"{run}: no checkpoint.pt here; name a run folder, such as runs/NAME")
     try:
@@ -677,28 +717,19 @@ def save_samples(path: Path, nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor
     nets.train()
     save_image(torch.cat(rows, dim=1).flatten(0, 1) / 2 + 0.5, path, nrow=8, pad_value=1)
 
-def trim_log(path: Path, step: int):
-    """Drops the rows after `step`, which a resumed run writes again."""
-    if path.exists():
-        head, *rows = path.read_text().splitlines(keepends=True)
-        path.write_text("".join([head, *(row for row in rows if int(row.split(",")[0]) <= step)]))
-
-def write_progress(trainer: Trainer, log: Path, per_epoch: int, seconds: float):
+def write_progress(trainer: Trainer, path: Path, per_epoch: int, seconds: float):
     """A line on the screen and a row of log.csv: means since the last one. `seconds`: of a step."""
     step, config = trainer.step, trainer.config
-    count = (step - 1) % config.log_every + 1
-    means = {name: total.item() / count for name, total in trainer.sums.items()}
+    means = {k: total.item() / ((step - 1) % config.log_every + 1) for k, total in trainer.sums.items()}
     trainer.sums = {}
-    speed = config.batch_size / seconds
-    row = {"step": step, "epoch": (step - 1) // per_epoch + 1, "pairs_per_second": speed,
+    row = {"step": step, "epoch": (step - 1) // per_epoch + 1,
+           "pairs_per_second": config.batch_size * trainer.world / seconds,
            "rate": learning_rate(config, (step - 1) / trainer.total), **means}
-    header = "" if log.exists() else ",".join(row) + "\n"
-    with open(log, "a", newline="") as file:
-        values = (str(value) if isinstance(value, int) else f"{value:.6g}" for value in row.values())
-        file.write(header + ",".join(values) + "\n")
-    left = timedelta(seconds=round((trainer.total - step) * seconds))
-    print(f"epoch {row['epoch']}  step {step}/{trainer.total}  {speed:.1f} pairs/s  "
-          f"{left} left  " + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items()), flush=True)
+    trainer.log.append({k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in row.items()})
+    path.write_text("".join(",".join(map(str, r)) + "\n" for r in (row, *map(dict.values, trainer.log))))
+    print(f"epoch {row['epoch']}  step {step}/{trainer.total}  {row['pairs_per_second']:.1f} pairs/s  "
+          f"{(trainer.total - step) * seconds / 60:.1f} min left  "
+          + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items()), flush=True)
     for direction in ("ab", "ba"):
         mean = means["attention_" + direction]
         if (mean < 0.005 or mean > 0.995) and config.model not in UNFUSED:
@@ -708,50 +739,49 @@ def write_progress(trainer: Trainer, log: Path, per_epoch: int, seconds: float):
 
 def train(config: Config, resume: bool = False) -> Path:
     """Trains, leaves checkpoint.pt, log.csv and samples/*.png in the run folder, and returns it.
-
     BadInput where it holds something already, unless `resume`: that goes on from its checkpoint, if any."""
     device, out, folders = pick_device(config.device), Path(config.out), domain_folders(config)
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"--out {out}: is a file; name a folder")
-    if not resume and out.exists() and any(out.iterdir()):
-        raise BadInput(f"--out {out}: not empty; name another folder, or go on with its run by --resume")
+    rank, world = (int(os.environ.get(k, 0)) for k in ("RANK", "WORLD_SIZE"))  # torchrun's
+    if out.is_file() or not resume and rank == 0 and out.exists() and any(out.iterdir()):
+        raise BadInput(f"--out {out}: not an empty folder; name another, or go on with its run by --resume")
     data = UnpairedImages(*folders, config.size, config.resize, config.seed)
-    per_epoch = max(1, len(data) // config.batch_size)
+    tests = zip(*(list_images(sibling(folder, "train", "test") or folder)[:4] for folder in folders))
+    shown = [torch.stack([sample_image(path, config.size) for path in paths]).to(device)
+             for paths in zip(*tests)]
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    size, world = config.batch_size, max(1, world)
+    per_epoch = max(1, len(data) // (size * world))
     trainer = Trainer(config, config.steps or config.epochs * per_epoch, device)
     if resume and (out / "checkpoint.pt").exists():
-        trainer.load_state_dict(load_checkpoint(out, device))
-    trim_log(out / "log.csv", trainer.step)
-    tests = [list_images(sibling(folder, "train", "test") or folder)[:4] for folder in folders]
-    count = min(map(len, tests))
-    shown = [torch.stack([sample_image(path, config.size) for path in paths[:count]]).to(device)
-             for paths in tests]
+        trainer.load_state_dict(load_checkpoint(out, torch.device("cpu")))
     (out / "samples").mkdir(parents=True, exist_ok=True)
-
-    def save():
-        save_samples(out / "samples" / f"{trainer.step:07}.png", trainer.nets, *shown)
-        save_checkpoint(out / "checkpoint.pt", trainer.state_dict())
-
-    loader = DataLoader(data, config.batch_size, num_workers=config.workers, pin_memory=device.type == "cuda",
-                        sampler=range(trainer.step * config.batch_size, trainer.total * config.batch_size),
-                        generator=torch.Generator())  # its own: the pools' random numbers stay the same
     started, first = time.monotonic(), trainer.step
-    for real_a, real_b in loader:
-        trainer.train_step(real_a.to(device, non_blocking=True), real_b.to(device, non_blocking=True))
-        if trainer.step % config.log_every == 0 or trainer.step == trainer.total:
+    turns = range(first * world + rank, trainer.total * world, world)  # this process's batches
+    loader = DataLoader(data, batch_sampler=[range(i * size, (i + 1) * size) for i in turns],
+                        num_workers=min(config.workers, os.cpu_count()), pin_memory=device.type == "cuda",
+                        generator=torch.Generator())  # its own: the pools' random numbers stay the same
+    for batch in loader:
+        trainer.train_step(*batch)
+        if rank == 0 and (trainer.step % config.log_every == 0 or trainer.step == trainer.total):
             seconds = (time.monotonic() - started) / (trainer.step - first)
             write_progress(trainer, out / "log.csv", per_epoch, seconds)
-        if trainer.step % config.save_every == 0 and trainer.step < trainer.total:
-            save()
-    save()
+            started, first = time.monotonic(), trainer.step
+        if trainer.step % config.save_every == 0 or trainer.step == trainer.total:
+            state = trainer.state_dict()
+            if rank == 0:  # of several processes one writes
+                save_samples(out / "samples" / f"{trainer.step:07}.png", trainer.nets, *shown)
+                save_checkpoint(out / "checkpoint.pt", state)
+    if world > 1:
+        dist.destroy_process_group()
     return out
 
 # ---------------------------------------- 9. translate, evaluate ----------------------------------------
-
 def load_generators(run: str | Path, device: torch.device) -> tuple[nn.ModuleDict, Config]:
     """The trained networks in evaluation mode, and their configuration."""
     state = load_checkpoint(run, device)
     nets = build(state["config"]).to(device).eval()
-    nets.load_state_dict(state["nets"])
+    nets.load_state_dict(state["parts"]["nets"])
     return nets, state["config"]
 
 @torch.no_grad()
@@ -762,42 +792,35 @@ def apply_any_size(generator: nn.Module, x: Tensor) -> Translation:
     t = generator(F.pad(x[None], (0, pad[0], 0, pad[1]), mode="replicate"))
     return Translation(*(part[..., :height, :width] for part in t))
 
-WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # other formats are written as PNG
-
-def mask_path(target: Path) -> Path:
-    return target.with_name(target.stem + "_attention.png")
-
 def translate(run, inputs: list, to: str, out, attention: bool = False, device: str = "auto") -> list[Path]:
     """Each input image (files, or folders of them) -> `out`/its name, at its size; with `attention`, the mask
     beside it as NAME_attention.png. Returns the paths of the translations."""
     device, out = pick_device(device), Path(out)
-    jobs, taken = {}, {}  # target -> source; every output -> source
+    jobs, taken = {}, {}  # source -> its outputs; output -> its source
     for item in map(Path, inputs):
         for path in [item] if item.is_file() else list_images(item):
             target = out / (path.relative_to(item) if item.is_dir() else path.name)
             if target.suffix.lower() not in WRITABLE:
                 target = target.with_name(target.name + ".png")
-            for output in (target, mask_path(target)) if attention else (target,):
+            jobs[path] = [target, target.with_name(target.stem + "_attention.png")][:1 + attention]
+            for output in jobs[path]:
                 if output in taken:
                     raise BadInput(f"{path} and {taken[output]}: both would write {output}; split them")
                 taken[output] = path
-            jobs[target] = path
-    if clash := {path.resolve() for path in jobs.values()} & {output.resolve() for output in taken}:
+    if clash := {path.resolve() for path in jobs} & {output.resolve() for output in taken}:
         raise BadInput(f"--out {out}: {clash.pop()} is an input; name another folder")
     nets, _ = load_generators(run, device)
-    generator = nets["g_ab" if to == "b" else "g_ba"]
-    for target, path in jobs.items():
-        t = apply_any_size(generator, to_tensor(load_image(path)).to(device))
+    for path, (target, *masks) in jobs.items():
+        t = apply_any_size(nets["g_ab" if to == "b" else "g_ba"], to_tensor(load_image(path)).to(device))
         target.parent.mkdir(parents=True, exist_ok=True)
         to_image(t.image[0] / 2 + 0.5).save(target, quality=95)
-        if attention:
-            to_image(t.foreground[0]).save(mask_path(target))
+        for mask in masks:
+            to_image(t.foreground[0]).save(mask)
         print(target, flush=True)
-    return list(jobs)
+    return [target for target, *_ in jobs.values()]
 
 def mask_figures(x: Tensor, t: Translation, mask: Tensor | None) -> dict[str, float]:
     """x (1, 3, H, W), its translation, the true foreground (H, W) of bools or None -> one image's figures.
-
     iou: of foreground >= 0.5 against `mask`; background_error, foreground_change: mean |out - in| outside and
     inside it, images in [0, 1]; mean_attention: mean foreground. NaN where nothing can be measured."""
     figures = dict.fromkeys(("iou", "background_error", "foreground_change"), torch.tensor(math.nan))
@@ -808,42 +831,19 @@ def mask_figures(x: Tensor, t: Translation, mask: Tensor | None) -> dict[str, fl
     figures["mean_attention"] = t.foreground.mean()
     return {name: figure.item() for name, figure in figures.items()}
 
-def fidelity(weights: str, device: torch.device):
-    """-> measure(fakes, reals), of lists of (3, H, W) bytes: KID (Binkowski et al. 2018; mean and standard
-    deviation over subsets) and FID, by torch-fidelity. BadInput where it or its weights are missing."""
-    try:
-        from torch_fidelity import calculate_metrics
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-    except ImportError:
-        raise BadInput("--kid needs one more package: pip install torch-fidelity") from None
-    path = Path(weights or Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rpartition("/")[2]))
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would run a pickle's code
-        FeatureExtractorInceptionV3("", ["2048"], str(path))
-    except Exception:  # a foreign file can raise anything
-        raise BadInput(f"--kid: no Inception weights in {path}; download {URL_INCEPTION_V3}, and name "
-                       "the file by --inception-weights") from None
+def measures() -> dict:
+    """Functions `bench` and `fidelity` of data/measure.py: the long code for measuring this one."""
+    sys.modules.setdefault("aggan", sys.modules[__name__])  # for its `import aggan`, if this file is __main__
+    return runpy.run_path(str(DATA / "measure.py"))
 
-    def measure(*lists: list[Tensor]) -> dict[str, float]:
-        subset = min(1000, min(map(len, lists)) // 2)  # subsets of everything would not differ
-        print(f"KID: 100 subsets of {subset} from {len(lists[0])} translations, {len(lists[1])} real images")
-        fakes, reals = (Subset(images, range(len(images))) for images in lists)  # Datasets, as it wants
-        found = calculate_metrics(input1=fakes, input2=reals, kid=True, kid_subset_size=subset, fid=True,
-                                  feature_extractor_weights_path=str(path), cuda=device.type == "cuda",
-                                  batch_size=1, save_cpu_ram=True, verbose=False)  # 1: sizes may differ
-        return {"kid": found["kernel_inception_distance_mean"],
-                "kid_std": found["kernel_inception_distance_std"], "fid": found["frechet_inception_distance"]}
-    return measure
-
-def evaluate(run, a="", b="", masks_a="", masks_b="", save="", kid: bool = False, inception_weights="",
-             device: str = "auto") -> dict[str, dict]:
+def evaluate(run, a="", b="", masks_a="", masks_b="", save="", kid: str | None = None, device: str = "auto"):
     """Mean figures of test images, shorter side resized to the run's size: {"a2b": {...}, "b2a": {...}}.
-
     Folders not given: testA and testB beside the training folders; masksA and masksB beside those, if any.
     A mask has its image's name (any extension) and size; white is the foreground. None: not measured.
-    `save`: new folder for the translations, a2b/NAME.png; `kid`: their KID and FID to the target's images."""
+    `save`: new folder for the translations, a2b/NAME.png. `kid`: torch-fidelity's Inception weights, "" for
+    the file that it keeps: the translations' KID and FID to the target's images too."""
     device, results, tests, seen = pick_device(device), {}, {}, collections.defaultdict(list)
-    measure = fidelity(inception_weights, device) if kid else None
+    measure = None if kid is None else measures()["fidelity"](kid, device)
     nets, config = load_generators(run, device)
     for source, folder, trained in zip("ab", (a, b), domain_folders(config)):
         folder = folder or sibling(trained, "train", "test")
@@ -852,8 +852,6 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", kid: bool = False
         tests[source] = folder, list_images(folder)
         if save and (Path(save).exists() or Path(folder).resolve() in Path(save).resolve().parents):
             raise BadInput(f"--save {save}: exists, or is in {folder}; name a new folder elsewhere")
-        if kid and len(tests[source][1]) < 4:
-            raise BadInput(f"--kid: {folder} has fewer than four images")
     for source, target, masks in zip("ab", "ba", (masks_a, masks_b)):
         direction, (folder, paths) = f"{source}2{target}", tests[source]
         masks = masks or sibling(folder, "test", "masks")
@@ -870,7 +868,7 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", kid: bool = False
             t = apply_any_size(nets["g_" + source + target], x)
             figures.append(mask_figures(x[None], t, mask))
             fake = to_image(t.image[0] / 2 + 0.5)
-            if kid:
+            if measure:
                 seen[source].append(TF.pil_to_tensor(real))
                 seen[direction].append(TF.pil_to_tensor(fake))
             if save:
@@ -880,18 +878,17 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", kid: bool = False
                     fake.save(file, "PNG")
         means = {k: torch.tensor([f[k] for f in figures]).nanmean().item() for k in figures[0]}
         results[direction] = {k: None if math.isnan(v) else v for k, v in means.items()}
-    for direction in results if kid else ():
+    for direction in results if measure else ():
         results[direction] |= measure(seen[direction], seen[direction[-1]])
     return results
 
-def print_table(results: dict):
-    print("direction" + "".join(f"{name.replace('_', ' '):>19}" for name in results["a2b"]))
+def print_table(results: dict[str, dict]):
+    print(f"{'':18}" + "".join(f"{name.replace('_', ' '):>18}" for name in next(iter(results.values()))))
     for key, figures in results.items():
-        values = ("-" if figure is None else f"{figure:.4f}" for figure in figures.values())
-        print(f"{key[0].upper()} -> {key[2].upper()}   " + "".join(f"{v:>19}" for v in values))
+        values = ("-" if v is None else f"{v:.0f}" if v >= 1000 else f"{v:.4f}" for v in figures.values())
+        print(f"{dict(a2b='A -> B', b2a='B -> A').get(key, key):18}" + "".join(f"{v:>18}" for v in values))
 
 # ---------------------------------------- 10. command line ----------------------------------------
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")  # one line; argparse would print the usage too
@@ -900,18 +897,19 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 CHOICES = dict(model=PRESETS, objective=OBJECTIVES, norm=NORMS, head=("patch", "pooled"),
-               gan=("lsgan", "vanilla"), attention_map=("pha", "tam"))
+               gan=("lsgan", "vanilla"), attention_map=("pha", "tam"), precision=("auto", *PRECISIONS))
 
-def configure(given: dict) -> Config:
-    """The options given on the command line -> the whole configuration. BadInput where a value is no use."""
+def configure(given: dict, mini: bool = True) -> Config:
+    """The options given on the command line -> the whole configuration, without folders that of the mini set,
+    if `mini`. BadInput where a value is no use."""
     model = given.get("model", Config.model)
     objective = {**PRESETS[model], **given}.get("objective", Config.objective)
-    mini = {} if given.get("a") else {**MINI, "steps": 0} if "epochs" in given else {**MINI}
-    if mini and model in UNFUSED:
-        mini["r"] = 0.0  # the ramp is for masks that may collapse
-    out = "runs/" + ("mini-" if mini else "") + model
+    small = {} if given.get("a") or not mini else {**MINI, "steps": 0} if "epochs" in given else {**MINI}
+    if small and model in UNFUSED:
+        small["r"] = 0.0  # the ramp is for masks that may collapse
+    small["out"] = "runs/" + ("mini-" if small else "") + model
     folders = {name: str(Path(given[name]).resolve()) for name in ("a", "b") if given.get(name)}
-    config = Config(**{"out": out, **OBJECTIVES[objective], **PRESETS[model], **mini, **given, **folders})
+    config = Config(**{**OBJECTIVES[objective], **PRESETS[model], **small, **given, **folders})
     least = dict(width=1, masks=2, size=32, batch_size=1, epochs=1, log_every=1, save_every=1)  # others: 0
     for name, value in dataclasses.asdict(config).items():
         low, high = least.get(name, 0), 1 if name in ("r", "r_ramp", "tau", "switch") else 2**32
@@ -933,34 +931,34 @@ def configure(given: dict) -> Config:
 def run_train(resume: bool, given: dict):
     config = configure(given)
     checkpoint = Path(config.out, "checkpoint.pt")
-    if resume and not checkpoint.exists():
-        print(f"no checkpoint in {config.out} yet: starting anew")
-    elif resume:
-        saved = load_checkpoint(checkpoint, torch.device("cpu"))["config"]
-        for name, value in given.items():
-            if name not in ("out", "device", "workers") and getattr(config, name) != getattr(saved, name):
-                raise BadInput(f"{flag(name)} {value} contradicts {checkpoint}: {getattr(saved, name)} there")
-        keep = {k: given[k] for k in ("device", "workers") if k in given}
-        config = dataclasses.replace(saved, out=config.out, **keep)
+    if resume and checkpoint.exists():
         print(f"resuming {checkpoint}")
+        saved = load_checkpoint(checkpoint, torch.device("cpu"))["config"]
+        free = {k: given[k] for k in ("out", "device", "workers", "compile") if k in given}
+        for name in given.keys() - free:
+            if getattr(config, name) != getattr(saved, name):
+                raise BadInput(f"{flag(name)} {given[name]} contradicts {checkpoint}: {getattr(saved, name)}")
+        config = dataclasses.replace(saved, **{"out": config.out, **free})
     if not config.a:
         print(f"no folders given (--a, --b): the bundled mini set with mini settings ({config.size} px, "
               f"width {config.width}, {config.blocks} blocks)")
-    out = train(config, resume)
-    print(f"done: {out}/samples shows it, {out}/checkpoint.pt is for translate and evaluate")
+    train(config, resume)
+    print(f"done: {config.out}/samples shows it, {config.out}/checkpoint.pt is for translate and evaluate")
 
 def main(argv: list[str] | None = None):
     parser = Parser(prog="aggan.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("train", help="train on two folders, or on the bundled mini set",
-                              epilog="Defaults in [ ] are those for your own folders, scheme1 and scheme2.")
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    for field in dataclasses.fields(Config):
-        sub.add_argument(flag(field.name), type=field.type, default=argparse.SUPPRESS,
-                         metavar=field.type.__name__.upper(), choices=CHOICES.get(field.name),
-                         help=f"{comments[field.name]} [{field.default}]".replace("%", "%%"))
-    sub.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint, if any")
-
+    for command, text in (("train", "train on two folders, or on the bundled mini set"),
+                          ("bench", "time the training step; its loader on two folders or the mini set")):
+        sub = commands.add_parser(command, help=text, epilog="[defaults]: scheme2's, your own folders")
+        for field in dataclasses.fields(Config):
+            kind = (dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(
+                type=field.type, metavar=field.type.__name__.upper(), choices=CHOICES.get(field.name)))
+            sub.add_argument(flag(field.name), **kind, default=argparse.SUPPRESS,
+                             help=f"{comments[field.name]} [{field.default}]".replace("%", "%%"))
+    commands.choices["train"].add_argument("--resume", action="store_true",
+                                           help="go on from the run folder's checkpoint, if any")
     common = Parser(add_help=False)
     common.add_argument("run", help="run folder")
     common.add_argument("--device", default="auto", help="auto or a PyTorch device")
@@ -969,28 +967,29 @@ def main(argv: list[str] | None = None):
     sub.add_argument("--to", choices=("a", "b"), required=True, help="the domain to translate to")
     sub.add_argument("--out", required=True, help="folder for the results")
     sub.add_argument("--attention", action="store_true", help="save the foreground attention too")
-
     sub = commands.add_parser("evaluate", help="measure a run, against true masks if any", parents=[common])
     for name in ("a", "b", "masks_a", "masks_b"):
         sub.add_argument(flag(name), default="", help="folder; default: beside the training folder")
-    for name, text in (("json", "write the figures here too"), ("save", "new folder for the translations"),
-                       ("inception_weights", "file of torch-fidelity's; default: the one that it keeps")):
-        sub.add_argument(flag(name), default="", help=text)
-    sub.add_argument("--kid", action="store_true", help="KID and FID too; needs torch-fidelity")
-
+    sub.add_argument("--save", default="", help="new folder for the translations")
+    sub.add_argument("--kid", nargs="?", const="", metavar="WEIGHTS",
+                     help="KID and FID too, by torch-fidelity; default: the weights that it keeps")
+    for command in ("bench", "evaluate"):
+        commands.choices[command].add_argument("--json", default="", help="file for the figures, too")
     given = vars(parser.parse_args(argv))
-    command = given.pop("command")
+    command, json_file = given.pop("command"), given.pop("json", "")
+    if int(os.environ.get("RANK", 0)):  # of torchrun's processes one speaks
+        sys.stdout = open(os.devnull, "w")
     try:
         if command == "train":
             run_train(given.pop("resume"), given)
         elif command == "translate":
             translate(**given)
         else:
-            path = given.pop("json")
-            results = evaluate(**given)
+            bench = command == "bench"
+            results = measures()["bench"](configure(given, mini=False)) if bench else evaluate(**given)
             print_table(results)
-            if path:
-                Path(path).write_text(json.dumps(results, indent=2) + "\n")
+            if json_file:
+                Path(json_file).write_text(json.dumps(results, indent=2) + "\n")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted; train goes on from its last checkpoint with --resume\n")
     except (BadInput, OSError) as error:  # from a loading process: a traceback that ends in "BadInput: ..."
