@@ -1,6 +1,8 @@
 """What `aggan.py bench` and `aggan.py evaluate --kid` run, loaded by aggan.py for them alone."""
+import ctypes
 import dataclasses
 import os
+import re
 import statistics
 import time
 from pathlib import Path
@@ -31,22 +33,31 @@ def clock(device):
 
 
 def peak_memory(device, since=None):
-    """GiB: on CUDA the most that tensors took at once, elsewhere None."""
-    if device.type != "cuda":
+    """GiB. Without `since`: now, where counting the peak begins. With that figure: how far the peak was above
+    it. Of tensors on CUDA, of the process on Linux, else None."""
+    if device.type == "cuda":
+        if since is None:
+            torch.cuda.reset_peak_memory_stats()
+        used = torch.cuda.memory_allocated() if since is None else torch.cuda.max_memory_allocated()
+    elif Path("/proc/self/clear_refs").exists():
+        if since is None:
+            getattr(ctypes.CDLL(None), "malloc_trim", int)(0)   # what is free goes back (glibc)
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the most that was resident, starts anew
+        field = "VmRSS" if since is None else "VmHWM"
+        used = 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    else:
         return None
-    if since is None:
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2 ** 30
-    return torch.cuda.max_memory_allocated() / 2 ** 30 - since
+    return used / 2 ** 30 - (since or 0)
 
 
 def bench(config, rounds=5):
     """The training step, timed: {row: {figure: value}}, where each row adds one measure to those before it.
 
-    ms_a_step, pairs_a_second: median over rounds, in which the rows take turns; peak_gib: of a trainer's
-    tensors (CUDA; those of a graph while it is recorded); tflop_a_second: the operations of the plain step,
-    by PyTorch's counter, over the time; share: of the rate of a matrix product in the row's precision;
-    wait_ms: a step's wait for the loader.
+    ms_a_step, pairs_a_second: median over rounds, in which the rows take turns; peak_gib: what building a
+    trainer and its first steps took at most (CUDA: of tensors, and of a graph's while it is recorded; Linux:
+    of the process, in the first row with what PyTorch loads then); tflop_a_second: the operations of the
+    plain step, by PyTorch's counter, over the time; share: of the rate of a matrix product in the row's
+    precision; wait_ms: a step's wait for the loader.
     Images come from the folders of `config`, or else from the mini set, resized."""
     torch.backends.cuda.matmul.allow_tf32 = True  # for the matrix rate, as convolutions may use it
     device = pick_device(config.device)
@@ -78,7 +89,7 @@ def bench(config, rounds=5):
         if name == "plain fp32":
             with FlopCounterMode(display=False) as counter:
                 trainer.train_step(*next(loader))
-        for _ in range(5 if cuda else 1):  # compiles, records
+        for _ in range(5 if cuda else 2):  # compiles, records
             trainer.train_step(*next(loader))
         peaks[name], times[name] = peak_memory(device, before), []
     rates = {dtype: matrix_rate(dtype, device) for dtype in {t.dtype for t in trainers.values()}}
