@@ -120,7 +120,6 @@ class Decoder(nn.Sequential):
 # ---------------------------------------- 3. generators ----------------------------------------
 # forward of each: (B, 3, H, W) in [-1, 1] -> `Translation`; H and W are multiples of 4, at least 16.
 # .float(): also where autocast makes the convolutions' results bf16 or fp16, masks and fusion are float32.
-
 class SchemeOneGenerator(nn.Module):
     """Scheme I (Tang 2019; Eq. 2): one decoder gives one attention mask and one content image; n = 2."""
     def __init__(self, width: int = 64, blocks: int = 9, norm: str = "instance"):
@@ -741,17 +740,17 @@ def train(config: Config, resume: bool = False) -> Path:
     """Trains, leaves checkpoint.pt, log.csv and samples/*.png in the run folder, and returns it.
     BadInput where it holds something already, unless `resume`: that goes on from its checkpoint, if any."""
     device, out, folders = pick_device(config.device), Path(config.out), domain_folders(config)
-    rank, world = (int(os.environ.get(k, 0)) for k in ("RANK", "WORLD_SIZE"))  # torchrun's
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
     if out.is_file() or not resume and rank == 0 and out.exists() and any(out.iterdir()):
-        raise BadInput(f"--out {out}: not an empty folder; name another, or go on with its run by --resume")
+        wrong = "is a file; name a folder" if out.is_file() else "not empty; name another folder, or --resume"
+        raise BadInput(f"--out {out}: {wrong}")
     data = UnpairedImages(*folders, config.size, config.resize, config.seed)
     tests = zip(*(list_images(sibling(folder, "train", "test") or folder)[:4] for folder in folders))
     shown = [torch.stack([sample_image(path, config.size) for path in paths]).to(device)
              for paths in zip(*tests)]
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    size, world = config.batch_size, max(1, world)
-    per_epoch = max(1, len(data) // (size * world))
+    size, per_epoch = config.batch_size, max(1, len(data) // (config.batch_size * world))
     trainer = Trainer(config, config.steps or config.epochs * per_epoch, device)
     if resume and (out / "checkpoint.pt").exists():
         trainer.load_state_dict(load_checkpoint(out, torch.device("cpu")))
@@ -852,6 +851,8 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", kid: str | None =
         tests[source] = folder, list_images(folder)
         if save and (Path(save).exists() or Path(folder).resolve() in Path(save).resolve().parents):
             raise BadInput(f"--save {save}: exists, or is in {folder}; name a new folder elsewhere")
+        if measure and len(tests[source][1]) < 4:
+            raise BadInput(f"--kid: {folder} has fewer than four images")
     for source, target, masks in zip("ab", "ba", (masks_a, masks_b)):
         direction, (folder, paths) = f"{source}2{target}", tests[source]
         masks = masks or sibling(folder, "test", "masks")
@@ -900,8 +901,7 @@ CHOICES = dict(model=PRESETS, objective=OBJECTIVES, norm=NORMS, head=("patch", "
                gan=("lsgan", "vanilla"), attention_map=("pha", "tam"), precision=("auto", *PRECISIONS))
 
 def configure(given: dict, mini: bool = True) -> Config:
-    """The options given on the command line -> the whole configuration, without folders that of the mini set,
-    if `mini`. BadInput where a value is no use."""
+    """Options given -> the configuration, without folders the mini set's if `mini`. BadInput: bad values."""
     model = given.get("model", Config.model)
     objective = {**PRESETS[model], **given}.get("objective", Config.objective)
     small = {} if given.get("a") or not mini else {**MINI, "steps": 0} if "epochs" in given else {**MINI}
@@ -931,8 +931,9 @@ def configure(given: dict, mini: bool = True) -> Config:
 def run_train(resume: bool, given: dict):
     config = configure(given)
     checkpoint = Path(config.out, "checkpoint.pt")
+    if resume:
+        print(f"resuming {checkpoint}" if checkpoint.exists() else f"no {checkpoint} yet: starting anew")
     if resume and checkpoint.exists():
-        print(f"resuming {checkpoint}")
         saved = load_checkpoint(checkpoint, torch.device("cpu"))["config"]
         free = {k: given[k] for k in ("out", "device", "workers", "compile") if k in given}
         for name in given.keys() - free:
