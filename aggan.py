@@ -35,19 +35,21 @@ Part I (sections 1-6) is the method: tensors in, tensors out. Part II (7-10) is 
 """
 import argparse
 import collections
+import contextlib
 import dataclasses
 import functools
 import inspect
-import json
 import math
 import os
 import random
 import re
 import runpy
+import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 import torch
 import torch.distributed as dist
@@ -56,7 +58,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
-from torchvision.utils import save_image
+from torchvision.utils import make_grid
 
 # ======================================== Part I: the method ========================================
 # ---------------------------------------- 1. the fusion formula ----------------------------------------
@@ -86,9 +88,8 @@ def conv_block(in_channels: int, out_channels: int, kernel: int, stride: int = 1
     """Convolution, norm, ReLU: c7s1-k and 3x3 layers (reflection padded), dk with stride 2 (zero padded).
     (B, in_channels, H, W) -> (B, out_channels, H/stride, W/stride)."""
     padding_mode = "reflect" if stride == 1 else "zeros"
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, padding_mode=padding_mode),
-        NORMS[norm](out_channels), nn.ReLU(inplace=True))
+    convolution = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, padding_mode=padding_mode)
+    return nn.Sequential(convolution, NORMS[norm](out_channels), nn.ReLU(inplace=True))
 
 class ResidualBlock(nn.Module):
     """Rk (He et al. 2016, as in CycleGAN): two 3x3 convolutions, nothing after the sum. Keeps its shape."""
@@ -207,11 +208,9 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         if head not in ("patch", "pooled"):
             raise ValueError(f"unknown head {head!r}: patch or pooled")
-
         def block(inputs, outputs, stride, normed=True):
             return [nn.Conv2d(inputs, outputs, 4, stride, padding=1),
                     *([NORMS[norm](outputs)] if normed else []), nn.LeakyReLU(0.2, inplace=True)]
-
         pooled = head == "pooled"
         self.stem = nn.Sequential(*block(in_channels, width, 2, normed=pooled))
         self.trunk = nn.Sequential(*block(width, 2 * width, 2), *block(2 * width, 4 * width, 2))
@@ -454,31 +453,66 @@ class ImagePool:
 # ======================================== Part II: the machinery ========================================
 # ---------------------------------------- 7. data ----------------------------------------
 class BadInput(Exception):
-    """Something the user gave is no use: the command line prints this one line and exits with status 2."""
+    """What was given is no use, or work ends early: the command line prints the line, exits with `status`."""
+    def __init__(self, line: str, status: int = 2):
+        super().__init__(line)
+        self.status = status
+
+@contextlib.contextmanager
+def reading(path: str | Path, failure: str = "not a checkpoint that this can use"):
+    """Within, whatever goes wrong is the file's fault, as a foreign one can raise anything: BadInput."""
+    try:
+        yield
+    except Exception as error:
+        raise BadInput(f"{path}: {failure} ({str(error).partition(chr(10))[0]})") from None
+
+def attempt(function, path: Path, *arguments):
+    """function(path, *arguments), or None, and a warning, where this file is no use."""
+    try:
+        return function(path, *arguments)
+    except BadInput as error:
+        print(f"warning: {error}; going on without it", file=sys.stderr, flush=True)
+
+def write_whole(path: Path, save):
+    """save(file), beside, then renamed: afterwards the file is whole, or what it was. BadInput: no room."""
+    temporary = path.with_name(f".{path.name[:60]}.tmp")  # a name may be as long as the disk allows
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise BadInput(f"{path}: cannot be written ({error.strerror})") from None
 
 DATA = Path(__file__).resolve().parent / "data"  # the bundled mini set; below, the fields that it sets
 MINI = dict(size=64, resize=72, width=16, blocks=3, r=0.5, r_ramp=1.0, steps=2000, lr=4e-4, workers=0,
             log_every=50, save_every=400, compile=False)
-WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # other formats are written as PNG
 
 def list_images(folder: str | Path) -> list[Path]:
-    """The folder's image files, sorted by path, subfolders included. BadInput where there is none."""
-    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in readable and p.is_file())
+    """The folder's image files, by their suffix or for lack of one, sorted by path, subfolders included; no
+    hidden ones, such as macOS's ._photo.jpg. BadInput where there is none."""
+    kinds = {"", *(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)}
+    paths = sorted(p for p in Path(folder).rglob("[!.]*") if p.suffix.lower() in kinds and p.is_file())
     if not paths:
         raise BadInput(f"{folder}: no {'images in this' if Path(folder).is_dir() else 'such file or'} folder")
     return paths
 
-def load_image(path: str | Path, mode: str = "RGB") -> Image.Image:
-    """Any image that PIL reads, turned upright by its EXIF tag. BadInput where it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # convert() would clip 16 bits to 8, not scale them
-                image = image.point(lambda value: value / 256).convert("L")
-            return image.convert(mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{path}: not a readable image ({error})") from None
+def load_image(path: str | Path, mode: str | None = "RGB", size: int = 0) -> Image.Image:
+    """Any image that PIL reads, its first frame, turned upright by its EXIF tag; mode None: RGB or RGBA, by
+    what it has; its shorter side resized to `size`, if given. BadInput where it is no use."""
+    with reading(path, "not a usable image"), Image.open(path) as image:
+        if image.format == "EPS" or size and max(image.size) > 100 * min(image.size):  # EPS are programs
+            raise ValueError(f"{image.format} of {image.width} x {image.height} pixels")
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # convert() would clip what is more than 8 bits, not scale it
+            high = 65535 if image.mode.startswith("I;16") else image.getextrema()[1]
+            scale = next((255 / top for top in (1, 255) if high <= top), 255 / 65535)
+            image = image.point(lambda value: value * scale + 0.5).convert("L")
+        image = image.convert(mode or ("RGBA" if image.has_transparency_data else "RGB"))
+        return TF.resize(image, size, TF.InterpolationMode.BICUBIC) if size else image
 
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB image -> (3, H, W) in [-1, 1]."""
@@ -488,25 +522,19 @@ def to_image(x: Tensor) -> Image.Image:
     """(3 or 1, H, W) in [0, 1] -> RGB or grey; rounded, so that a copied pixel keeps its value."""
     return TF.to_pil_image((255 * x).round().clamp(0, 255).byte().cpu())
 
-def shrink(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side becomes `size`; proportions stay."""
-    return TF.resize(image, size, TF.InterpolationMode.BICUBIC)
-
-def sample_image(path: Path, size: int) -> Tensor:
-    """For the sample grids: resized, the middle cut out. (3, size, size) in [-1, 1]."""
-    return to_tensor(TF.center_crop(shrink(load_image(path), size), size))
-
-@functools.lru_cache(maxsize=4)
-def permutation(n: int, key: str) -> list[int]:
-    return random.Random(key).sample(range(n), n)
-
 class UnpairedImages(Dataset):
     """Pairs (real_a, real_b) of (3, size, size) in [-1, 1]: resized, randomly cropped, randomly mirrored.
     Pair i is a function of `seed` and i alone, for any i >= 0 (give a loader a sampler): a resumed run sees
-    what an uninterrupted one would have. Each folder is walked in shuffled passes; len() is the longer's."""
+    what an uninterrupted one would have. Each folder is walked in shuffled passes; len() is the longer's.
+    Files that are no use are left out, with one warning. BadInput if all of a folder's are."""
     def __init__(self, folder_a, folder_b, size: int = 256, resize: int = 286, seed: int = 0):
         self.paths = {"a": list_images(folder_a), "b": list_images(folder_b)}
+        self.useless = {k: torch.zeros(len(p)).share_memory_() for k, p in self.paths.items()}  # by workers
         self.size, self.resize, self.seed = size, resize, seed
+    @staticmethod
+    @functools.lru_cache(maxsize=4)
+    def permutation(n: int, key: str) -> list[int]:
+        return random.Random(key).sample(range(n), n)
     def __len__(self) -> int:
         return max(map(len, self.paths.values()))
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
@@ -514,11 +542,26 @@ class UnpairedImages(Dataset):
     def load(self, domain: str, i: int) -> Tensor:
         paths, rng = self.paths[domain], random.Random(f"{self.seed} {domain} {i}")
         epoch, position = divmod(i, len(paths))
-        path = paths[permutation(len(paths), f"{self.seed} {domain} {epoch}")[position]]
-        image = shrink(load_image(path), self.resize)
+        order = self.permutation(len(paths), f"{self.seed} {domain} {epoch}")
+        image = next(self.usable(domain, order[position:] + order[:position]))
         left, top = (rng.randint(0, side - self.size) for side in image.size)
         image = image.crop((left, top, left + self.size, top + self.size))
         return to_tensor(ImageOps.mirror(image) if rng.random() < 0.5 else image)
+    def usable(self, domain: str, order: Sequence[int]):
+        """Yields those of the domain's images that can be read, resized."""
+        for i in order:
+            if not self.useless[domain][i]:
+                image = attempt(load_image, self.paths[domain][i], "RGB", self.resize)
+                self.useless[domain][i] = image is None
+                if image:
+                    yield image
+        if self.useless[domain].all():
+            raise BadInput(f"{self.paths[domain][0].parent}: not one usable image")
+    def samples(self) -> list[Tensor]:
+        """For the sample grids, of A and of B: the first images, up to four, the middle of each cut out."""
+        pairs = zip(range(4), *(self.usable(k, range(len(paths))) for k, paths in self.paths.items()))
+        return [torch.stack([to_tensor(TF.center_crop(image, self.size)) for image in images])
+                for images in [*zip(*pairs)][1:]]
 
 def panels(x: Tensor, t: Translation) -> Tensor:
     """(B, 3, H, W) and its translation -> (B, 4, 3, H, W): input, foreground attention, content (the mean of
@@ -561,9 +604,38 @@ def learning_rate(config: Config, progress: float) -> float:
     """Constant for the first half of the run, then linearly to 0 at progress = 1."""
     return config.lr * min(1.0, 2 - 2 * progress)
 
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+FORMAT = 4  # of the checkpoints
 UNFUSED = "cyclegan", "guided"  # fuse no mask of their own, so that none can collapse
-FORMAT = 3  # of the checkpoints
 PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
+CHOICES = dict(model=PRESETS, objective=OBJECTIVES, norm=NORMS, head=("patch", "pooled"),
+               gan=("lsgan", "vanilla"), attention_map=("pha", "tam"), precision=("auto", *PRECISIONS))
+
+def check(config: Config) -> Config:
+    """Itself. BadInput names the field whose value is no use."""
+    least = dict(width=1, masks=2, size=32, batch_size=1, epochs=1, log_every=1, save_every=1)  # others: 0
+    most = dict(r=1, r_ramp=1, tau=1, switch=1, width=2048, blocks=1000, masks=1000, size=2**15, resize=2**15)
+    for name, value in dataclasses.asdict(config).items():
+        low, high = least.get(name, 0), most.get(name, 2**32)
+        if not isinstance(value, str) and not low <= value <= high:
+            raise BadInput(f"{flag(name)} {value}: must be between {low} and {high}")
+        if value not in CHOICES.get(name, (value,)):
+            raise BadInput(f"{flag(name)} {value}: must be one of {', '.join(CHOICES[name])}")
+    for wrong, message in (
+            (bool(config.a) != bool(config.b), "--a and --b go together: one folder for each domain"),
+            (config.a and config.a == config.b, f"--a and --b are the same folder, {config.a}"),
+            (config.size % 4, f"--size {config.size}: must be a multiple of 4"),
+            (config.resize < config.size, f"--resize {config.resize}: must be at least --size {config.size}"),
+            (not config.l_gan and not config.l_paired, "--l-gan 0 --l-paired 0: leaves no discriminator"),
+            (config.model == "cyclegan" and (config.l_paired or config.l_tv or config.tau),
+             "--model cyclegan: has no mask for --objective final, --l-paired, --l-tv or --tau"),
+            (config.model == "guided" and (config.tau or not config.l_gan),
+             "--model guided: its discriminators are its attention; needs --l-gan, and --tau 0")):
+        if wrong:
+            raise BadInput(message)
+    return config
 
 class Trainer:
     """Networks, optimisers, pools, position of a run: all that a checkpoint holds, and the training step.
@@ -589,8 +661,8 @@ class Trainer:
         self.parts = {"nets": self.nets, "scaler": self.scaler, **self.optimizers}  # of a checkpoint
         self.factors = torch.ones(2, device=device).unbind()  # of Eq. (10); a graph would keep numbers
         self.pools = {"a": ImagePool(config.pool), "b": ImagePool(config.pool)}
-        self.sums: dict[str, Tensor] = {}  # of the logged figures since the last line
-        self.log: list[dict] = []          # those lines
+        self.rows: list[Tensor] = []  # the figures `names` of each step since the last line of the log
+        self.log: list[dict] = []     # those lines
     def backward(self, which: str, objective, *arguments):
         """Runs an objective, adds its gradients to those of the generators ("g") or the discriminators ("d").
         -> its terms and what else it returns."""
@@ -662,51 +734,57 @@ class Trainer:
         self.update("d")
         self.scaler.update()
         self.step += 1
-        self.sums = {k: self.sums.get(k, 0) + v for k, v in terms.items()}
-        return {k: v.clone() for k, v in terms.items()}
+        self.names, row = list(terms), torch.stack(list(terms.values()))  # a copy: replays overwrite
+        self.rows.append(row)
+        return dict(zip(self.names, row))
+    def check(self):
+        """BadInput where a figure since the last line of the log, or a weight, is not finite."""
+        first = self.step - len(self.rows) + 1
+        wrong = [f"step {first + i}: {name} is {value}" for i, row in enumerate(self.rows)
+                 for name, value in zip(self.names, row.tolist()) if not math.isfinite(value)]
+        wrong += [f"step {self.step}: weights of {name} are not finite" for name, net in self.nets.items()
+                  if not all(p.isfinite().all() for p in net.parameters())]
+        if wrong:
+            raise BadInput(f"{wrong[0]}; not saved, the last checkpoint is from before. Try a new run with a "
+                             f"lower --lr, or --precision fp32", 1)
     def state_dict(self) -> dict:
         """Of all processes; each has to call it."""
+        self.check()
         own = {"random": torch.get_rng_state(), "pools": {
             k: [(image.cpu(), mask.cpu()) for image, mask in pool.items] for k, pool in self.pools.items()}}
         everyone = [own] * self.world
         if self.world > 1:
             dist.gather_object(own, everyone if self.rank == 0 else None)
         return {"format": FORMAT, "config": dataclasses.asdict(self.config), "step": self.step,
-                "sums": self.sums, "log": self.log, "processes": everyone,
+                "rows": self.rows, "log": self.log, "processes": everyone,
                 "parts": {k: part.state_dict() for k, part in self.parts.items()}}
     def load_state_dict(self, state: dict):
         if len(state["processes"]) != self.world:
             raise BadInput(f"--resume: a run of {len(state['processes'])} processes, here are {self.world}")
-        self.step, self.sums, self.log = state["step"], state["sums"], state["log"]
-        for k in filter(state["parts"].get, self.parts):  # a scaler that was not needed is empty
-            self.parts[k].load_state_dict(state["parts"][k])
+        self.step, self.log = state["step"], state["log"]
+        self.rows = [row.to(self.device) for row in state["rows"]]
+        for k, part in self.parts.items():
+            if k != "scaler" or state["parts"][k]:  # one that was not needed is empty
+                part.load_state_dict(state["parts"][k])
         own = state["processes"][self.rank]
         for k, pool in self.pools.items():
             pool.items = [(image.to(self.device), mask.to(self.device)) for image, mask in own["pools"][k]]
         torch.set_rng_state(own["random"].cpu())
 
-def save_checkpoint(path: Path, state: dict):
-    """Written beside, then renamed: a checkpoint is whole or not there."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-def load_checkpoint(run: str | Path, device: torch.device) -> dict:
+def load_checkpoint(run: str | Path) -> dict:
     """A run folder or its checkpoint.pt -> the state. Never runs code from the file (weights_only)."""
     path = Path(run, "checkpoint.pt") if Path(run).is_dir() else Path(run)
     if not path.is_file():
         raise BadInput(f"{run}: no checkpoint.pt here; name a run folder, such as runs/NAME")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
+    with reading(path):
+        if zipfile.ZipFile(path).testzip():  # torch.load looks at no checksum
+            raise ValueError("damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT:
-            raise ValueError
-        state["config"] = Config(**state["config"])
+            raise ValueError(f"of format {state['format']}, this program's is {FORMAT}")
+        config = {field.name: field.type(state["config"][field.name]) for field in dataclasses.fields(Config)}
+        state["config"] = check(Config(**config))
         return state
-    except Exception:  # a foreign file can raise anything
-        raise BadInput(f"{path}: not a checkpoint of this program") from None
 
 def save_samples(path: Path, nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor):
     """A PNG, a row for each pair of images: four panels of A -> B, four of B -> A."""
@@ -714,18 +792,19 @@ def save_samples(path: Path, nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor
     with torch.no_grad():
         rows = [panels(real_a, nets["g_ab"](real_a)), panels(real_b, nets["g_ba"](real_b))]
     nets.train()
-    save_image(torch.cat(rows, dim=1).flatten(0, 1) / 2 + 0.5, path, nrow=8, pad_value=1)
+    grid = make_grid(torch.cat(rows, dim=1).flatten(0, 1) / 2 + 0.5, nrow=8, pad_value=1)
+    write_whole(path, lambda file: to_image(grid).save(file, "PNG"))
 
 def write_progress(trainer: Trainer, path: Path, per_epoch: int, seconds: float):
     """A line on the screen and a row of log.csv: means since the last one. `seconds`: of a step."""
     step, config = trainer.step, trainer.config
-    means = {k: total.item() / ((step - 1) % config.log_every + 1) for k, total in trainer.sums.items()}
-    trainer.sums = {}
+    means = dict(zip(trainer.names, torch.stack(trainer.rows).mean(0).tolist()))
     row = {"step": step, "epoch": (step - 1) // per_epoch + 1,
            "pairs_per_second": config.batch_size * trainer.world / seconds,
            "rate": learning_rate(config, (step - 1) / trainer.total), **means}
     trainer.log.append({k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in row.items()})
-    path.write_text("".join(",".join(map(str, r)) + "\n" for r in (row, *map(dict.values, trainer.log))))
+    text = "".join(",".join(map(str, r)) + "\n" for r in (row, *map(dict.values, trainer.log)))
+    write_whole(path, lambda file: file.write(text.encode()))
     print(f"epoch {row['epoch']}  step {step}/{trainer.total}  {row['pairs_per_second']:.1f} pairs/s  "
           f"{(trainer.total - step) * seconds / 60:.1f} min left  "
           + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items()), flush=True)
@@ -736,52 +815,74 @@ def write_progress(trainer: Trainer, path: Path, per_epoch: int, seconds: float)
                       "repaints everything; try a higher --l-pixel or --l-identity")
             print(f"warning: g_{direction}'s attention collapsed to {mean:.4f}: it {advice}", file=sys.stderr)
 
-def train(config: Config, resume: bool = False) -> Path:
+def in_worker(_number: int):
+    """Signals that reach the loading processes too end none before `train` has finished its step."""
+    getattr(os, "setpgrp", int)()  # a terminal's Ctrl-C goes to its group; Windows has none
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # not an error, and batches are waiting
+
+def train(config: Config, resume: bool = False, signals: Sequence[int] = ()) -> Path:
     """Trains, leaves checkpoint.pt, log.csv and samples/*.png in the run folder, and returns it.
-    BadInput where it holds something already, unless `resume`: that goes on from its checkpoint, if any."""
+    BadInput where it holds something already, unless `resume`: that goes on from its checkpoint, if any.
+    Where `signals` comes to hold one: finishes the step, saves, raises BadInput, status 128 + its number."""
     device, out, folders = pick_device(config.device), Path(config.out), domain_folders(config)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
     if out.is_file() or not resume and rank == 0 and out.exists() and any(out.iterdir()):
         wrong = "is a file; name a folder" if out.is_file() else "not empty; name another folder, or --resume"
         raise BadInput(f"--out {out}: {wrong}")
     data = UnpairedImages(*folders, config.size, config.resize, config.seed)
-    tests = zip(*(list_images(sibling(folder, "train", "test") or folder)[:4] for folder in folders))
-    shown = [torch.stack([sample_image(path, config.size) for path in paths]).to(device)
-             for paths in zip(*tests)]
+    tests = [sibling(folder, "train", "test") or folder for folder in folders]
+    shown = [x.to(device) for x in UnpairedImages(*tests, config.size, config.size).samples()]
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     size, per_epoch = config.batch_size, max(1, len(data) // (config.batch_size * world))
     trainer = Trainer(config, config.steps or config.epochs * per_epoch, device)
     if resume and (out / "checkpoint.pt").exists():
-        trainer.load_state_dict(load_checkpoint(out, torch.device("cpu")))
+        with reading(out / "checkpoint.pt"):
+            trainer.load_state_dict(load_checkpoint(out))
     (out / "samples").mkdir(parents=True, exist_ok=True)
     started, first = time.monotonic(), trainer.step
     turns = range(first * world + rank, trainer.total * world, world)  # this process's batches
     loader = DataLoader(data, batch_sampler=[range(i * size, (i + 1) * size) for i in turns],
                         num_workers=min(config.workers, os.cpu_count()), pin_memory=device.type == "cuda",
-                        generator=torch.Generator())  # its own: the pools' random numbers stay the same
+                        generator=torch.Generator(),  # its own: the pools' random numbers stay the same
+                        worker_init_fn=in_worker)
+    stop, done = torch.tensor(0), trainer.step >= trainer.total
     for batch in loader:
         trainer.train_step(*batch)
-        if rank == 0 and (trainer.step % config.log_every == 0 or trainer.step == trainer.total):
-            seconds = (time.monotonic() - started) / (trainer.step - first)
-            write_progress(trainer, out / "log.csv", per_epoch, seconds)
-            started, first = time.monotonic(), trainer.step
-        if trainer.step % config.save_every == 0 or trainer.step == trainer.total:
+        stop, done = torch.tensor(max(signals, default=0)), trainer.step == trainer.total
+        if world > 1:
+            dist.all_reduce(stop, dist.ReduceOp.MAX)  # all stop after the same step
+        if trainer.step % config.log_every == 0 or done:
+            trainer.check()
+            if rank == 0:  # of several processes one speaks and writes
+                seconds = (time.monotonic() - started) / (trainer.step - first)
+                write_progress(trainer, out / "log.csv", per_epoch, seconds)
+            trainer.rows, started, first = [], time.monotonic(), trainer.step
+        if trainer.step % config.save_every == 0 or done or stop:
             state = trainer.state_dict()
-            if rank == 0:  # of several processes one writes
+            if rank == 0:
                 save_samples(out / "samples" / f"{trainer.step:07}.png", trainer.nets, *shown)
-                save_checkpoint(out / "checkpoint.pt", state)
+                write_whole(out / "checkpoint.pt", functools.partial(torch.save, state))
+        if stop:
+            break
     if world > 1:
         dist.destroy_process_group()
+    if broken := int(sum(flags.sum() for flags in data.useless.values())):
+        print(f"{broken} of {sum(map(len, data.paths.values()))} training images were no use; see above")
+    if stop and not done:
+        raise BadInput(f"stopped after step {trainer.step}, all saved: python aggan.py train --out {out} "
+                         f"--resume goes on", 128 + int(stop))
     return out
 
-# ---------------------------------------- 9. translate, evaluate ----------------------------------------
+# ---------------------------------------- 9. translate, evaluate, bench ----------------------------------
 def load_generators(run: str | Path, device: torch.device) -> tuple[nn.ModuleDict, Config]:
     """The trained networks in evaluation mode, and their configuration."""
-    state = load_checkpoint(run, device)
-    nets = build(state["config"]).to(device).eval()
-    nets.load_state_dict(state["parts"]["nets"])
-    return nets, state["config"]
+    state = load_checkpoint(run)
+    with reading(run), torch.device("meta"):  # what does not match the file takes no memory
+        nets = build(state["config"])
+        nets.load_state_dict(state["parts"]["nets"], assign=True)
+    return nets.float().to(device).eval(), state["config"]
 
 @torch.no_grad()
 def apply_any_size(generator: nn.Module, x: Tensor) -> Translation:
@@ -791,114 +892,20 @@ def apply_any_size(generator: nn.Module, x: Tensor) -> Translation:
     t = generator(F.pad(x[None], (0, pad[0], 0, pad[1]), mode="replicate"))
     return Translation(*(part[..., :height, :width] for part in t))
 
-def translate(run, inputs: list, to: str, out, attention: bool = False, device: str = "auto") -> list[Path]:
-    """Each input image (files, or folders of them) -> `out`/its name, at its size; with `attention`, the mask
-    beside it as NAME_attention.png. Returns the paths of the translations."""
-    device, out = pick_device(device), Path(out)
-    jobs, taken = {}, {}  # source -> its outputs; output -> its source
-    for item in map(Path, inputs):
-        for path in [item] if item.is_file() else list_images(item):
-            target = out / (path.relative_to(item) if item.is_dir() else path.name)
-            if target.suffix.lower() not in WRITABLE:
-                target = target.with_name(target.name + ".png")
-            jobs[path] = [target, target.with_name(target.stem + "_attention.png")][:1 + attention]
-            for output in jobs[path]:
-                if output in taken:
-                    raise BadInput(f"{path} and {taken[output]}: both would write {output}; split them")
-                taken[output] = path
-    if clash := {path.resolve() for path in jobs} & {output.resolve() for output in taken}:
-        raise BadInput(f"--out {out}: {clash.pop()} is an input; name another folder")
-    nets, _ = load_generators(run, device)
-    for path, (target, *masks) in jobs.items():
-        t = apply_any_size(nets["g_ab" if to == "b" else "g_ba"], to_tensor(load_image(path)).to(device))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        to_image(t.image[0] / 2 + 0.5).save(target, quality=95)
-        for mask in masks:
-            to_image(t.foreground[0]).save(mask)
-        print(target, flush=True)
-    return [target for target, *_ in jobs.values()]
-
-def mask_figures(x: Tensor, t: Translation, mask: Tensor | None) -> dict[str, float]:
-    """x (1, 3, H, W), its translation, the true foreground (H, W) of bools or None -> one image's figures.
-    iou: of foreground >= 0.5 against `mask`; background_error, foreground_change: mean |out - in| outside and
-    inside it, images in [0, 1]; mean_attention: mean foreground. NaN where nothing can be measured."""
-    figures = dict.fromkeys(("iou", "background_error", "foreground_change"), torch.tensor(math.nan))
-    if mask is not None:
-        change, found = (t.image - x).abs().mean(1)[0] / 2, t.foreground[0, 0] >= 0.5    # (H, W) each
-        figures = {"iou": (found & mask).sum() / (found | mask).sum(),
-                   "background_error": change[~mask].mean(), "foreground_change": change[mask].mean()}
-    figures["mean_attention"] = t.foreground.mean()
-    return {name: figure.item() for name, figure in figures.items()}
-
-def measures() -> dict:
-    """Functions `bench` and `fidelity` of data/measure.py: the long code for measuring this one."""
+def tools() -> dict:
+    """What one does with a run: `translate`, `evaluate`, `bench` and what they need, of data/tools.py."""
     sys.modules.setdefault("aggan", sys.modules[__name__])  # for its `import aggan`, if this file is __main__
-    return runpy.run_path(str(DATA / "measure.py"))
+    return runpy.run_path(str(DATA / "tools.py"))
 
-def evaluate(run, a="", b="", masks_a="", masks_b="", save="", kid: str | None = None, device: str = "auto"):
-    """Mean figures of test images, shorter side resized to the run's size: {"a2b": {...}, "b2a": {...}}.
-    Folders not given: testA and testB beside the training folders; masksA and masksB beside those, if any.
-    A mask has its image's name (any extension) and size; white is the foreground. None: not measured.
-    `save`: new folder for the translations, a2b/NAME.png. `kid`: torch-fidelity's Inception weights, "" for
-    the file that it keeps: the translations' KID and FID to the target's images too."""
-    device, results, tests, seen = pick_device(device), {}, {}, collections.defaultdict(list)
-    measure = None if kid is None else measures()["fidelity"](kid, device)
-    nets, config = load_generators(run, device)
-    for source, folder, trained in zip("ab", (a, b), domain_folders(config)):
-        folder = folder or sibling(trained, "train", "test")
-        if not folder:
-            raise BadInput(f"--{source}: no test folder beside {trained}; name one")
-        tests[source] = folder, list_images(folder)
-        if save and (Path(save).exists() or Path(folder).resolve() in Path(save).resolve().parents):
-            raise BadInput(f"--save {save}: exists, or is in {folder}; name a new folder elsewhere")
-        if measure and len(tests[source][1]) < 4:
-            raise BadInput(f"--kid: {folder} has fewer than four images")
-    for source, target, masks in zip("ab", "ba", (masks_a, masks_b)):
-        direction, (folder, paths) = f"{source}2{target}", tests[source]
-        masks = masks or sibling(folder, "test", "masks")
-        truth = {path.stem: path for path in list_images(masks)} if masks else {}
-        figures = []
-        for path in paths:
-            real, mask = shrink(load_image(path), config.size), None
-            x = to_tensor(real).to(device)
-            if masks:
-                if path.stem not in truth:
-                    raise BadInput(f"{masks}: no mask for {path.name}")
-                mask = TF.to_tensor(load_image(truth[path.stem], "L")).to(device)
-                mask = TF.resize(mask, x.shape[-2:])[0] >= 0.5
-            t = apply_any_size(nets["g_" + source + target], x)
-            figures.append(mask_figures(x[None], t, mask))
-            fake = to_image(t.image[0] / 2 + 0.5)
-            if measure:
-                seen[source].append(TF.pil_to_tensor(real))
-                seen[direction].append(TF.pil_to_tensor(fake))
-            if save:
-                new = Path(save, direction, path.relative_to(folder)).with_suffix(".png")
-                new.parent.mkdir(parents=True, exist_ok=True)
-                with open(new, "xb") as file:  # an error where two images differ in their suffixes alone
-                    fake.save(file, "PNG")
-        means = {k: torch.tensor([f[k] for f in figures]).nanmean().item() for k in figures[0]}
-        results[direction] = {k: None if math.isnan(v) else v for k, v in means.items()}
-    for direction in results if measure else ():
-        results[direction] |= measure(seen[direction], seen[direction[-1]])
-    return results
-
-def print_table(results: dict[str, dict]):
-    print(f"{'':18}" + "".join(f"{name.replace('_', ' '):>18}" for name in next(iter(results.values()))))
-    for key, figures in results.items():
-        values = ("-" if v is None else f"{v:.0f}" if v >= 1000 else f"{v:.4f}" for v in figures.values())
-        print(f"{dict(a2b='A -> B', b2a='B -> A').get(key, key):18}" + "".join(f"{v:>18}" for v in values))
+def __getattr__(name: str):  # aggan.translate(...)
+    if name in ("translate", "evaluate", "bench"):
+        return tools()[name]
+    raise AttributeError(name)
 
 # ---------------------------------------- 10. command line ----------------------------------------
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")  # one line; argparse would print the usage too
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-CHOICES = dict(model=PRESETS, objective=OBJECTIVES, norm=NORMS, head=("patch", "pooled"),
-               gan=("lsgan", "vanilla"), attention_map=("pha", "tam"), precision=("auto", *PRECISIONS))
 
 def configure(given: dict, mini: bool = True) -> Config:
     """Options given -> the configuration, without folders the mini set's if `mini`. BadInput: bad values."""
@@ -909,24 +916,7 @@ def configure(given: dict, mini: bool = True) -> Config:
         small["r"] = 0.0  # the ramp is for masks that may collapse
     small["out"] = "runs/" + ("mini-" if small else "") + model
     folders = {name: str(Path(given[name]).resolve()) for name in ("a", "b") if given.get(name)}
-    config = Config(**{**OBJECTIVES[objective], **PRESETS[model], **small, **given, **folders})
-    least = dict(width=1, masks=2, size=32, batch_size=1, epochs=1, log_every=1, save_every=1)  # others: 0
-    for name, value in dataclasses.asdict(config).items():
-        low, high = least.get(name, 0), 1 if name in ("r", "r_ramp", "tau", "switch") else 2**32
-        if not isinstance(value, str) and not low <= value <= high:
-            raise BadInput(f"{flag(name)} {value}: must be between {low} and {high}")
-    for wrong, message in (
-            (bool(config.a) != bool(config.b), "--a and --b go together: one folder for each domain"),
-            (config.size % 4, f"--size {config.size}: must be a multiple of 4"),
-            (config.resize < config.size, f"--resize {config.resize}: must be at least --size {config.size}"),
-            (not config.l_gan and not config.l_paired, "--l-gan 0 --l-paired 0: leaves no discriminator"),
-            (model == "cyclegan" and (config.l_paired or config.l_tv or config.tau),
-             "--model cyclegan: has no mask for --objective final, --l-paired, --l-tv or --tau"),
-            (model == "guided" and (config.tau or not config.l_gan),
-             "--model guided: its discriminators are its attention; needs --l-gan, and --tau 0")):
-        if wrong:
-            raise BadInput(message)
-    return config
+    return check(Config(**{**OBJECTIVES[objective], **PRESETS[model], **small, **given, **folders}))
 
 def run_train(resume: bool, given: dict):
     config = configure(given)
@@ -934,16 +924,21 @@ def run_train(resume: bool, given: dict):
     if resume:
         print(f"resuming {checkpoint}" if checkpoint.exists() else f"no {checkpoint} yet: starting anew")
     if resume and checkpoint.exists():
-        saved = load_checkpoint(checkpoint, torch.device("cpu"))["config"]
+        saved = load_checkpoint(checkpoint)["config"]
         free = {k: given[k] for k in ("out", "device", "workers", "compile") if k in given}
-        for name in given.keys() - free:
-            if getattr(config, name) != getattr(saved, name):
-                raise BadInput(f"{flag(name)} {given[name]} contradicts {checkpoint}: {getattr(saved, name)}")
+        wrong = [f"{flag(name)} {given[name]} (there {getattr(saved, name)})" for name in given
+                 if name not in free and getattr(config, name) != getattr(saved, name)]
+        if wrong:
+            raise BadInput(f"{', '.join(wrong)}: another run than {checkpoint}'s")
         config = dataclasses.replace(saved, **{"out": config.out, **free})
     if not config.a:
-        print(f"no folders given (--a, --b): the bundled mini set with mini settings ({config.size} px, "
-              f"width {config.width}, {config.blocks} blocks)")
-    train(config, resume)
+        print(f"no folders given (--a, --b): the bundled mini set with mini settings, {config.size} px, "
+              f"width {config.width}, {config.blocks} blocks")
+    signals, note = [], lambda n, _: signals.append(n) or signal.signal(n, signal.SIG_DFL)  # the second kills
+    with contextlib.ExitStack() as after:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            after.callback(signal.signal, number, signal.signal(number, note))
+        train(config, resume, signals)
     print(f"done: {config.out}/samples shows it, {config.out}/checkpoint.pt is for translate and evaluate")
 
 def main(argv: list[str] | None = None):
@@ -977,24 +972,24 @@ def main(argv: list[str] | None = None):
     for command in ("bench", "evaluate"):
         commands.choices[command].add_argument("--json", default="", help="file for the figures, too")
     given = vars(parser.parse_args(argv))
-    command, json_file = given.pop("command"), given.pop("json", "")
+    command = given.pop("command")
     if int(os.environ.get("RANK", 0)):  # of torchrun's processes one speaks
         sys.stdout = open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that are no text, as stderr writes them
     try:
         if command == "train":
             run_train(given.pop("resume"), given)
-        elif command == "translate":
-            translate(**given)
         else:
-            bench = command == "bench"
-            results = measures()["bench"](configure(given, mini=False)) if bench else evaluate(**given)
-            print_table(results)
-            if json_file:
-                Path(json_file).write_text(json.dumps(results, indent=2) + "\n")
+            tools()["run"](command, given)
     except KeyboardInterrupt:
-        parser.exit(130, "interrupted; train goes on from its last checkpoint with --resume\n")
+        parser.exit(130, f"{parser.prog}: interrupted\n")
     except (BadInput, OSError) as error:  # from a loading process: a traceback that ends in "BadInput: ..."
-        parser.error(str(error).strip().rpartition("BadInput: ")[2])
+        line = str(error).strip().rpartition("BadInput: ")[2]
+        parser.exit(getattr(error, "status", 2), f"{parser.prog}: {line}\n")
+    except (MemoryError, RuntimeError) as error:
+        if str(error) and not re.search("out of memory|t allocate memory", str(error)):
+            raise
+        parser.error("out of memory; a smaller --batch-size, --size, --width or --masks needs less, and bf16")
 
 if __name__ == "__main__":
     main()

@@ -1,14 +1,21 @@
 """Tests of aggan.py, in its order. No network, no GPU, seeded. Run: pytest -q"""
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import json
 import math
 import os
+import random
 import re
 import shlex
+import signal
+import struct
 import subprocess
 import sys
+import warnings
+import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -42,6 +49,9 @@ def run(*arguments, **options):
     """The command line in a process of its own, as a user calls it."""
     return subprocess.run([sys.executable, str(ROOT / "aggan.py"), *map(str, arguments)],
                           capture_output=True, text=True, timeout=100, **options)
+
+def sample_image(path, size):
+    return aggan.to_tensor(aggan.TF.center_crop(aggan.load_image(path, size=size), size))
 
 def command_line(fields):
     """Fields of Config as options."""
@@ -493,7 +503,7 @@ def test_train_step_puts_the_parts_together(monkeypatch):
     for optimizer in trainer.optimizers.values():
         group, = optimizer.param_groups
         assert group["lr"] == aggan.learning_rate(FINAL, 0.8) and group["betas"] == (0.5, 0.999)
-    assert trainer.step == 9 and figures.keys() == trainer.sums.keys()
+    assert trainer.step == 9 and list(figures) == trainer.names
     torch.testing.assert_close(figures["attention_ab"], fakes["b"].foreground.mean())
     sums = {term: seen["g"][0][1][1][term] + seen["g"][1][1][1][term] for term in seen["g"][0][1][1]}
     sums |= {term: seen["d"][0][1][1][term] + seen["d"][1][1][1][term] for term in seen["d"][0][1][1]}
@@ -679,6 +689,132 @@ def test_exif_orientation_grayscale_and_palette(tmp_path):
     assert len(aggan.list_images(tmp_path)) == 3
     assert aggan.to_tensor(turned).shape == (3, 4, 2) and aggan.to_tensor(turned).max() == 1
 
+def odd_images(folder):
+    """Images as people have them -> {name: (size, has transparency, red and blue of its middle)}."""
+    def halves(mode, size, left, right):  # no symmetry but for the middle row
+        image = Image.new(mode, size, left)
+        image.paste(right, (size[0] // 2, 0, *size))
+        return image
+    colour = halves("RGB", (40, 30), (250, 0, 0), (0, 0, 250))
+    clear = colour.convert("RGBA")
+    clear.putalpha(halves("L", (40, 30), 0, 200))
+    palette = colour.quantize(4)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    deep = Image.new("I;16", (40, 30), 51400)  # 200 * 257
+    saved = {  # name: image, options, size, transparency, red of the last pixel
+        "deep.png": (deep, {}, 200), "deep.tif": (deep, {}, 200),
+        "float.tif": (Image.new("F", (40, 30), 0.8), {}, 204),
+        "float255.tiff": (Image.new("F", (40, 30), 204), {}, 204),
+        "integer.tif": (Image.new("I", (40, 30), 51400), {}, 200),
+        "grey.jpg": (Image.new("L", (40, 30), 90), {}, 90),
+        "la.png": (clear.convert("LA"), {}, None), "clear.png": (clear, {}, 0),
+        "clear.webp": (clear, {}, None),
+        "clear.tif": (clear, {}, 0), "palette.gif": (palette, dict(transparency=1), 0),
+        "palette.png": (palette, dict(transparency=bytes([255, 0, 128, 7])), 0),
+        "key.png": (colour, dict(transparency=(250, 0, 0)), 0),
+        "cmyk.jpg": (colour.convert("CMYK"), {}, None), "bit.png": (halves("1", (40, 30), 0, 1), {}, 255),
+        "bit.tif": (halves("1", (40, 30), 0, 1), {}, 255),
+        "frames.gif": (colour, dict(save_all=True, append_images=[Image.new("RGB", (40, 30), "green")]), 0),
+        "frames.webp": (colour, dict(save_all=True, append_images=[Image.new("RGB", (40, 30))]), None),
+        "turned.jpg": (colour, dict(exif=exif), None),
+        "one.png": (Image.new("RGB", (1, 1), (7, 8, 9)), {}, 7),
+        "long.png": (halves("RGB", (300, 30), (9, 9, 9), (90, 0, 0)), {}, 90),
+        "narrow.bmp": (Image.new("RGB", (3, 200), (60, 70, 80)), {}, 60),
+        "it's a \"photo\" $HOME; ünï 写真.PNG": (colour, {}, 0),
+        "no extension": (colour, dict(format="PNG"), 0)}
+    for name, (image, options, _) in saved.items():
+        image.save(folder / name, **options)
+    transparent = {"la.png", "clear.png", "clear.webp", "clear.tif", "palette.png", "palette.gif", "key.png"}
+    return {name: ((30, 40) if name == "turned.jpg" else image.size, name in transparent, red)
+            for name, (image, _, red) in saved.items()}
+
+def test_odd_images_are_loaded(tmp_path):
+    odd = odd_images(tmp_path)
+    assert {path.name for path in aggan.list_images(tmp_path)} == set(odd)
+    (tmp_path / ".hidden.png").write_bytes(b"as macOS leaves them")
+    (tmp_path / "notes.txt").write_text("not an image")
+    assert len(aggan.list_images(tmp_path)) == len(odd)
+    for name, (size, transparent, red) in odd.items():
+        image, kept = aggan.load_image(tmp_path / name), aggan.load_image(tmp_path / name, None)
+        assert (image.mode, image.size) == ("RGB", size) and kept.size == size, name
+        assert kept.mode == ("RGBA" if transparent else "RGB"), name
+        assert red is None or abs(image.getpixel((size[0] - 1, size[1] - 1))[0] - red) <= 2, name
+        assert min(aggan.load_image(tmp_path / name, size=36).size) == 36
+    assert aggan.load_image(tmp_path / "turned.jpg").getpixel((0, 0))[0] > 200  # the left half is above now
+    assert aggan.load_image(tmp_path / "turned.jpg").getpixel((0, 39))[2] > 200
+
+def test_a_large_photo_is_cropped(tmp_path):
+    for domain in "AB":
+        (tmp_path / domain).mkdir()
+        Image.new("RGB", (8000, 6000), (10, 200, 90)).save(tmp_path / domain / "0.JPG")
+    colour = torch.tensor([10, 200, 90])[:, None, None] / 127.5 - 1
+    for x in aggan.UnpairedImages(tmp_path / "A", tmp_path / "B", size=32, resize=36)[0]:
+        assert x.shape == (3, 32, 32) and (x - colour).abs().max() < 0.05
+
+def bomb(width, height):
+    """A PNG of a few bytes that says it is this large."""
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+def useless_images(folder):
+    """Files that are no use, by name."""
+    Image.new("RGB", (40, 30)).save(folder / "whole.jpg")
+    whole = (folder / "whole.jpg").read_bytes()
+    (folder / "whole.jpg").unlink()
+    contents = {"text.png": b"not a picture", "empty.jpg": b"", "cut.jpg": whole[:len(whole) // 2],
+                "bomb.png": bomb(40000, 40000), "short.png": bomb(400, 400), "program.png": b"%!PS-Adobe-3.0 "
+                b"EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n", "noise": bytes(range(256))}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return sorted(contents)
+
+def test_useless_images_are_refused_by_name(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("ran a program"))
+    for name in useless_images(tmp_path):
+        with pytest.raises(aggan.BadInput) as error:
+            aggan.load_image(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+    Image.new("RGB", (1000, 9)).save(tmp_path / "strip.png")
+    assert aggan.load_image(tmp_path / "strip.png").size == (1000, 9)
+    with pytest.raises(aggan.BadInput, match="strip.png.*1000 x 9"):  # would be 286 x 32000 pixels
+        aggan.load_image(tmp_path / "strip.png", size=286)
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_goes_on_without_useless_images(folders, capfd, workers):
+    names = [f"trainA/{name}" for name in useless_images(folders / "trainA")] + ["testA/1.png"]
+    (folders / "testA" / "1.png").write_text("not a picture")
+    aggan.main(["train", "--out", str(folders / "run"), *map(str, command_line(dict(
+        TINY, a=folders / "trainA", b=folders / "trainB", workers=workers, steps=30)))])
+    output = capfd.readouterr()
+    warnings = output.err.splitlines()
+    assert len(warnings) == len(names) and all("not a usable image" in warning for warning in warnings)
+    for name in names:
+        assert sum(f"{name}: " in warning for warning in warnings) == 1
+    assert "7 of 15 training images were no use" in output.out and "step 30/30" in output.out
+    drawn = aggan.to_tensor(aggan.load_image(folders / "run" / "samples" / "0000030.png"))[:, 36:68, 2:34]
+    assert (drawn - sample_image(folders / "testA" / "2.png", 32)).abs().max() < 0.01  # in the second row
+
+def test_useless_images_do_not_change_the_order(folders):
+    useless_images(folders / "trainA")
+    first, second = (aggan.UnpairedImages(folders / "trainA", folders / "trainB", 32, 36) for _ in range(2))
+    pairs = {i: first[i][0] for i in range(40)}
+    for i in reversed(range(40)):  # as after a resume: other files have been met
+        assert torch.equal(second[i][0], pairs[i])
+    assert int(first.useless["a"].sum()) == 7 and int(first.useless["b"].sum()) == 0
+
+def test_a_folder_without_one_usable_image(folders, capsys):
+    for path in (folders / "trainB").iterdir():
+        path.write_text("not a picture")
+    data = aggan.UnpairedImages(folders / "trainA", folders / "trainB", 32, 36)
+    for i in (0, 1):
+        with pytest.raises(aggan.BadInput, match="trainB: not one usable image"):
+            data[i]
+    assert capsys.readouterr().err.count("not a usable image") == 3
+
 def test_mini_set_is_what_its_script_draws(tmp_path):
     spec = importlib.util.spec_from_file_location("draw", ROOT / "data" / "draw.py")
     draw = importlib.util.module_from_spec(spec)
@@ -719,7 +855,12 @@ def tiny(folders, **changes):
     return aggan.configure(given | changes)
 
 def weights(run):
-    return aggan.load_checkpoint(run, torch.device("cpu"))["parts"]["nets"]
+    return aggan.load_checkpoint(run)["parts"]["nets"]
+
+def columns(run):
+    """Of log.csv, all but the speed."""
+    rows = [row.split(",") for row in (run / "log.csv").read_text().splitlines()]
+    return [row[:2] + row[3:] for row in rows]
 
 def same(state, other):
     return state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in state)
@@ -734,7 +875,7 @@ def test_train_leaves_a_run_folder(folders, capsys, changes):
     assert Image.open(run / "samples" / "0000003.png").size == (8 * 66 + 2, 3 * 66 + 2)
     last = aggan.to_tensor(Image.open(run / "samples" / "0000003.png"))
     nets, config = aggan.load_generators(run, torch.device("cpu"))
-    b = aggan.sample_image(folders / "testB" / "0.png", 64)
+    b = sample_image(folders / "testB" / "0.png", 64)
     shown, drawn = last[:, 2:66, 7 * 66 + 2:8 * 66], nets["g_ba"](b[None]).image[0]
     assert (shown - drawn).abs().max() < 0.01  # the last panel of the first row
     rows = [row.split(",") for row in (run / "log.csv").read_text().splitlines()]
@@ -781,7 +922,7 @@ def test_resume_equals_the_uninterrupted_run(folders, monkeypatch, model, norm, 
     monkeypatch.setattr(aggan.Trainer, "train_step", step)
     resumed = aggan.train(config, resume=True)
     assert done == [0, 1, 2, 3, 4]
-    first, second = (aggan.load_checkpoint(run, torch.device("cpu")) for run in (whole, resumed))
+    first, second = (aggan.load_checkpoint(run) for run in (whole, resumed))
     assert same(first["parts"]["nets"], second["parts"]["nets"])
     for k in "gd":
         states = [state["parts"][k]["state"] for state in (first, second)]
@@ -792,11 +933,8 @@ def test_resume_equals_the_uninterrupted_run(folders, monkeypatch, model, norm, 
         assert len(first["pools"][k]) == 2
         for p, q in zip(first["pools"][k], second["pools"][k], strict=True):
             assert torch.equal(p[0], q[0]) and torch.equal(p[1], q[1])
-
-    def log(run):  # all but the speed
-        rows = [row.split(",") for row in (run / "log.csv").read_text().splitlines()]
-        return [row[:2] + row[3:] for row in rows]
-    assert log(whole) == log(resumed) and [row[0] for row in log(whole)] == ["step", "2", "4", "6", "8", "9"]
+    assert columns(whole) == columns(resumed)
+    assert [row[0] for row in columns(whole)] == ["step", "2", "4", "6", "8", "9"]
 
 def test_collapse_is_reported(tmp_path, capsys):
     for model, value, word in (("scheme2", 0.001, "copies its"), ("scheme1", 0.999, "repaints"),
@@ -804,7 +942,7 @@ def test_collapse_is_reported(tmp_path, capsys):
                                ("guided", 0.001, None)):
         trainer = aggan.Trainer(dataclasses.replace(FINAL, model=model), 10, torch.device("cpu"))
         trainer.step = FINAL.log_every
-        trainer.sums = {f"attention_{k}": torch.tensor(value * FINAL.log_every) for k in ("ab", "ba")}
+        trainer.names, trainer.rows = ["attention_ab", "attention_ba"], [torch.full((2,), value)] * 3
         aggan.write_progress(trainer, tmp_path / "log.csv", 5, 0.1)
         warnings = capsys.readouterr().err.splitlines()
         assert len(warnings) == (2 if word else 0)
@@ -818,11 +956,285 @@ class Evil:
     def __reduce__(self):
         return (Path.touch, (self.path,))
 
-def test_checkpoint_runs_no_code(tmp_path):
-    torch.save({"config": Evil(tmp_path / "evil")}, tmp_path / "checkpoint.pt")
-    with pytest.raises(aggan.BadInput, match="not a checkpoint"):
-        aggan.load_checkpoint(tmp_path, torch.device("cpu"))
-    assert not (tmp_path / "evil").exists()
+def refusal(arguments, capsys, status=2):
+    """The one line that the command line prints before it exits with `status`."""
+    with pytest.raises(SystemExit) as stopped:
+        aggan.main(list(map(str, arguments)))
+    error = capsys.readouterr().err
+    assert stopped.value.code == status and error.count("\n") == 1 and error.startswith("aggan.py"), error
+    return error
+
+@contextlib.contextmanager
+def changed(path):
+    """The state in the checkpoint, to be changed."""
+    state = torch.load(path, weights_only=True)
+    yield state
+    torch.save(state, path)
+
+def test_bad_checkpoints_get_one_line(folders, capsys):
+    run = aggan.train(tiny(folders, steps=2))
+    capsys.readouterr()
+    file, evil = run / "checkpoint.pt", folders / "evil"
+    whole = file.read_bytes()
+    weight = torch.load(file, weights_only=True)["parts"]["nets"]["g_ab.encoder.0.0.weight"]
+    place = whole.index(weight.numpy().tobytes()[:64])
+
+    def change(**fields):
+        with changed(file) as state:
+            for name, value in fields.items():
+                state["config" if name in state["config"] else "parts"][name] = value
+
+    def foreign(content):
+        file.unlink()
+        torch.save(content, file)
+
+    def newer():
+        with changed(file) as state:
+            state["format"] += 1
+
+    def archive():
+        with zipfile.ZipFile(file, "w") as out:
+            out.writestr("hello", "world")
+    for spoil, words in (
+            (lambda: file.write_bytes(b""), "not a checkpoint"),
+            (lambda: file.write_bytes(whole[:len(whole) // 2]), "not a checkpoint"),
+            (lambda: file.write_bytes(whole[:-1]), "not a checkpoint"),
+            (lambda: file.write_bytes(whole[:place] + b"!" + whole[place + 1:]), "damaged"),
+            (archive, "not a checkpoint"), (lambda: foreign([1, 2]), "not a checkpoint"),
+            (lambda: foreign({"state_dict": {"w": torch.zeros(3)}}), "not a checkpoint"),
+            (newer, f"of format {aggan.FORMAT + 1}, this program's is {aggan.FORMAT}"),
+            (lambda: foreign({"format": aggan.FORMAT, "config": Evil(evil)}), "not a checkpoint"),
+            (lambda: foreign(Evil(evil)), "not a checkpoint"),
+            (lambda: change(model="vae"), "--model vae: must be one of"),
+            (lambda: change(width=2 ** 31), "not a checkpoint"), (lambda: change(blocks=2 ** 31), "--blocks"),
+            (lambda: change(width=8), "not a checkpoint"), (lambda: change(lr="fast"), "not a checkpoint"),
+            (lambda: change(nets={}), "not a checkpoint"), (lambda: change(nets=7), "not a checkpoint")):
+        file.write_bytes(whole)
+        spoil()
+        spoilt = file.read_bytes()
+        for arguments in (["translate", run, folders / "testA", "--to", "b", "--out", folders / "new"],
+                          ["train", "--resume", "--out", run, "--steps", 2]):
+            error = refusal(arguments, capsys)
+            assert words in error and str(run) in error, error
+        assert file.read_bytes() == spoilt and not evil.exists() and not (folders / "new").exists()
+
+LIVES = """
+import multiprocessing, os, random, signal, sys, time
+sys.path.insert(0, {root!r})
+import aggan
+scenario, seed, *command = sys.argv[1:]
+numbers = random.Random(int(seed))
+step, write, sync, replace = aggan.Trainer.train_step, aggan.write_whole, os.fsync, os.replace
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def life(place="nowhere", left=0):
+    "A process that trains, until it is in a write, at this place, for that time."
+    process = os.fork()
+    if process:
+        return process
+    os.setsid()
+    def die(here):
+        nonlocal left
+        left -= here == place
+        if here == place and left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    def train_step(trainer, *batch):
+        print("step", trainer.step, flush=True)
+        if scenario == "signals" and trainer.step in (3, 9):
+            number = signal.SIGINT if trainer.step == 3 else signal.SIGTERM
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, number)
+            time.sleep(0.1)
+            os.killpg(0, number)
+        return step(trainer, *batch)
+    def write_twice(path, save):  # half, at first
+        def halves(file):
+            save(file)
+            file.truncate(file.tell() // 2)
+            die("half")
+            file.seek(0)
+            file.truncate()
+            save(file)
+        write(path, halves)
+    aggan.Trainer.train_step, aggan.write_whole = train_step, write_twice
+    os.fsync = lambda file: (die("sync"), sync(file))
+    os.replace = lambda *paths: (die("replace"), replace(*paths))
+    code = 0
+    try:
+        aggan.main(["train", "--resume", *command])
+    except SystemExit as stopped:
+        code = stopped.code
+    sys.stdout.flush()
+    os._exit(code)
+
+for i in range(15 if scenario == "kills" else 2):
+    if scenario == "kills" and i % 2:
+        process = life(numbers.choice(["half", "sync", "replace"]), numbers.randrange(1, 5))
+    else:
+        process = life()
+        time.sleep(numbers.uniform(0.05, 0.3) if scenario == "kills" else 0)
+        os.kill(process, signal.SIGKILL if scenario == "kills" else 0)
+    print("exit", os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+os._exit(os.waitstatus_to_exitcode(os.waitpid(life(), 0)[1]))
+"""
+
+def lives(scenario, folders, seeds, **options):
+    """-> a run that was never stopped, and for each seed the finished run, and the lines of all its lives."""
+    options = {**TINY, "a": folders / "trainA", "b": folders / "trainB", "pool": 2, **options}
+    (folders / "lives.py").write_text(LIVES.format(root=str(ROOT)))
+    commands = [[folders / "lives.py", scenario, seed, *command_line(options), "--out", folders / str(seed)]
+                for seed in seeds]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, text=True, env=environment) for command in commands]
+    said = [process.communicate(timeout=100) for process in processes]
+    assert not any(process.returncode for process in processes), said
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    whole = aggan.train(tiny(folders, **{k: v for k, v in options.items() if k not in "ab"}))
+    torch.set_num_threads(threads)
+    return whole, [(folders / str(seed), *map(str.splitlines, texts)) for seed, texts in zip(seeds, said)]
+
+needs_posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes")
+
+@needs_posix
+def test_thirty_kills_lose_only_the_steps_since_the_last_checkpoint(folders):
+    """Fifteen for each of two runs, every other one inside a write."""
+    small = dict(model="scheme1", blocks=0, l_paired=0)
+    whole, runs = lives("kills", folders, (0, 1), steps=40, save_every=3, **small)
+    for run, lines, errors in runs:
+        assert not errors and lines.count("exit -9") == 15
+        reached, previous = 0, -1
+        for line in lines:
+            if line.startswith("step "):
+                this = int(line[5:])
+                assert this == previous + 1 or this % 3 == 0 and reached - 3 <= this <= reached, lines
+                reached, previous = max(reached, this + 1), this
+        assert reached == 40
+        assert same(weights(whole), weights(run)) and columns(whole) == columns(run)
+        assert sorted(p.name for p in whole.rglob("*")) == sorted(p.name for p in run.rglob("*"))
+
+@needs_posix
+def test_signals_end_a_run_well(folders):
+    """Also where they reach the loading process."""
+    whole, [(run, lines, errors)] = lives("signals", folders, (0,), steps=14, save_every=5, workers=1)
+    assert [line for line in lines if line.startswith("exit")] == ["exit 130", "exit 143"]
+    assert [line for line in lines if re.match("step |resuming", line)] == [
+        *(f"step {i}" for i in range(4)), f"resuming {run}/checkpoint.pt",
+        *(f"step {i}" for i in range(4, 10)), f"resuming {run}/checkpoint.pt",
+        *(f"step {i}" for i in range(10, 14))]
+    assert errors == [f"aggan.py: stopped after step {step}, all saved: python aggan.py train --out {run} "
+                      "--resume goes on" for step in (4, 10)]
+    assert same(weights(whole), weights(run)) and columns(whole) == columns(run)
+
+def test_a_second_signal_kills_and_handlers_return(folders, monkeypatch):
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def train(config, resume, signals):
+        signal.raise_signal(signal.SIGINT)
+        seen.extend([*signals, signal.getsignal(signal.SIGINT)])
+    monkeypatch.setattr(aggan, "train", train)
+    aggan.run_train(False, {})
+    assert seen == [signal.SIGINT, signal.SIG_DFL] and signal.getsignal(signal.SIGINT) is before
+
+@pytest.mark.parametrize("where", ["loss", "weight"])
+def test_numbers_that_are_not_finite_stop_the_run(folders, capsys, monkeypatch, where):
+    step = aggan.Trainer.train_step
+
+    def spoilt(trainer, *batch):
+        weight = trainer.nets["g_ba"].content_decoder[-1].bias.data
+        if trainer.step == 6 and where == "loss":  # in the seventh step, F(x) is not a number
+            weight[0] = math.nan
+        terms = step(trainer, *batch)
+        if trainer.step == 8 and where == "weight":  # that step's losses are finite still
+            weight[0] = math.inf
+        return terms
+    monkeypatch.setattr(aggan.Trainer, "train_step", spoilt)
+    error = refusal(["train", *command_line(dict(
+        TINY, a=folders / "trainA", b=folders / "trainB", out=folders / "run", steps=20, save_every=4,
+        log_every=5))], capsys, status=1)
+    words = "step 7: gan is nan" if where == "loss" else "step 8: weights of g_ba are not finite"
+    assert words in error and "--lr" in error and "--precision fp32" in error
+    state = aggan.load_checkpoint(folders / "run")
+    assert state["step"] == 4 and all(w.isfinite().all() for w in state["parts"]["nets"].values())
+
+@pytest.mark.parametrize("error, known", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), True), (MemoryError(), True),
+    ("torch.empty(2 ** 60)", True), (RuntimeError("CUDA error: an illegal memory access"), False)])
+def test_out_of_memory_gets_one_line(monkeypatch, capsys, error, known):
+    def train(*_):
+        raise error if isinstance(error, Exception) else eval(error)
+    monkeypatch.setattr(aggan, "train", train)
+    if known:
+        line = refusal(["train"], capsys)
+        assert "out of memory" in line and "--batch-size, --size" in line
+    else:
+        with pytest.raises(RuntimeError, match="illegal"):
+            aggan.main(["train"])
+
+def mount(folder, *options):
+    """A small file system of its own; skips the test where that is not allowed."""
+    folder.mkdir()
+    if sys.platform != "linux" or subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)],
+                                                 capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+
+@pytest.fixture
+def small_disk(tmp_path):
+    mount(tmp_path / "disk", "-o", "size=4m")
+    yield tmp_path / "disk"
+    subprocess.run(["umount", str(tmp_path / "disk")], check=True)
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(folders, small_disk, capsys, monkeypatch):
+    options = command_line(dict(TINY, a=folders / "trainA", b=folders / "trainB", out=small_disk / "run",
+                                steps=12, save_every=4, pool=2))
+    step, filler = aggan.Trainer.train_step, small_disk / "filler"
+
+    def filling(trainer, *batch):
+        if trainer.step == 6:
+            with contextlib.suppress(OSError), open(filler, "wb") as file:
+                while True:
+                    file.write(bytes(1 << 12))
+        return step(trainer, *batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aggan.Trainer, "train_step", filling)
+        error = refusal(["train", *options], capsys)
+    assert re.search(r"run/\S+: cannot be written \(No space left on device\)", error)
+    assert aggan.load_checkpoint(small_disk / "run")["step"] == 4
+    rows = [line.split(",")[0] for line in (small_disk / "run" / "log.csv").read_text().splitlines()]
+    assert rows[:3] == ["step", "2", "4"] and not list((small_disk / "run").rglob(".*"))
+    with pytest.raises(SystemExit, match="1"):
+        aggan.main(["translate", str(small_disk / "run"), str(folders / "testA"), "--to", "b", "--out",
+                    str(small_disk / "new")])
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 6 and "new/0.png: cannot be written (No space left on device)" in errors[0]
+    assert "5 of 5 images not translated" in errors[5] and not [p for p in (small_disk / "new").rglob("*")]
+    filler.unlink()
+    aggan.main(["train", *map(str, options), "--resume"])
+    whole = aggan.train(tiny(folders, steps=12, save_every=4, pool=2))
+    assert same(weights(whole), weights(small_disk / "run"))
+
+def test_a_disk_that_cannot_be_written(folders, tmp_path, capsys, monkeypatch):
+    for out in (tmp_path / "testA" / "0.png" / "run", Path("/proc/aggan")):
+        assert str(out) in refusal(["train", *command_line(dict(
+            TINY, a=folders / "trainA", b=folders / "trainB", steps=1, out=out))], capsys)
+
+def test_memory_and_files_stay_flat(folders):
+    """Over 60 steps with lines, grids and checkpoints, after 50 that fill pools and caches."""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs Linux")
+    used, step = [], aggan.Trainer.train_step
+
+    def watched(trainer, *batch):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        used.append((pages * os.sysconf("SC_PAGE_SIZE") / 2 ** 20, len(os.listdir("/proc/self/fd"))))
+        return step(trainer, *batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aggan.Trainer, "train_step", watched)
+        aggan.train(tiny(folders, steps=110, pool=5, save_every=10))
+    early, late = used[30:50], used[90:]
+    assert max(m for m, _ in late) < max(m for m, _ in early) + 4
+    assert max(n for _, n in late) <= max(n for _, n in early)
 
 def steps(trainer, count, size=32):
     """Random batches, the same at each call, and the figures of their steps."""
@@ -920,12 +1332,12 @@ def test_a_graph_steps_as_without(monkeypatch, config):
     graphed.generator_gradients = Recording.of(graphed, "g", graphed.generator_gradients)
     graphed.discriminator_gradients = Recording.of(graphed, "d", graphed.discriminator_gradients)
     assert steps(plain, 20) == steps(graphed, 20)
-    plain.sums, graphed.sums = {}, {}  # as after a line of the log
+    plain.rows, graphed.rows = [], []  # as after a line of the log
     assert steps(plain, 5) == steps(graphed, 5)
     assert same(plain.nets.state_dict(), graphed.nets.state_dict())
     assert len(graphed.graphs) == (4 if config.tau else 2)  # before and after the switch
     assert all(type(graph[0]) is Recording for graph in graphed.graphs.values())
-    assert {k: v.item() for k, v in plain.sums.items()} == {k: v.item() for k, v in graphed.sums.items()}
+    assert len(plain.rows) == 5 and all(map(torch.equal, plain.rows, graphed.rows))
 
 def test_without_a_compiler(monkeypatch, capsys):
     def missing(*_, **__):
@@ -953,19 +1365,21 @@ sys.path.insert(0, {root!r})
 import aggan
 torch.set_default_dtype(torch.float64)  # Adam's first steps, lr * sign(gradient), would magnify rounding
 torch.Tensor.float = torch.Tensor.double
-step, save = aggan.Trainer.train_step, aggan.save_checkpoint
-def killed(trainer, *batch):
-    assert trainer.step != 4 or "KILL" not in os.environ, "killed"
+step, write = aggan.Trainer.train_step, aggan.write_whole
+def stopped(trainer, *batch):
+    if trainer.step == 1 and "STOP" in os.environ and trainer.rank == 1:
+        os.kill(os.getpid(), 15)  # of one process alone
     return step(trainer, *batch)
-def saved(path, state):
-    print("saved by", os.environ.get("RANK"), file=sys.stderr)
-    save(path, state)
-aggan.Trainer.train_step, aggan.save_checkpoint = killed, saved
+def written(path, save):
+    if path.name == "checkpoint.pt":
+        print("saved by", os.environ.get("RANK"), file=sys.stderr)
+    write(path, save)
+aggan.Trainer.train_step, aggan.write_whole = stopped, written
 aggan.main(sys.argv[1:])
 """
 
 def test_two_processes_train_as_one(folders, tmp_path):
-    """Two at batch 1, killed and resumed, against one at batch 2: five steps, every weight within 1e-5.
+    """Two at batch 1, stopped and resumed, against one at batch 2: five steps, every weight within 1e-5.
     Another number of processes cannot resume."""
     (tmp_path / "worker.py").write_text(WORKER.format(root=str(ROOT)))
     options = command_line(dict(TINY, a=folders / "trainA", b=folders / "trainB", steps=5, l_identity=5.0,
@@ -975,19 +1389,24 @@ def test_two_processes_train_as_one(folders, tmp_path):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
         command = [sys.executable, *(launcher if processes > 1 else []), tmp_path / "worker.py", "train",
                    *options, "--out", tmp_path / out, *more]
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=100,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
-    one = start(1, "one", "--batch-size", 2)
-    assert (one.returncode, one.stderr) == (0, 2 * "saved by None\n")
-    two = start(2, "two", KILL="1")
-    assert two.returncode != 0 and "AssertionError: killed" in two.stderr
-    assert aggan.load_checkpoint(tmp_path / "two", torch.device("cpu"))["step"] == 3
+        return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+    def end(process):
+        return *process.communicate(timeout=100), process.returncode
+    processes = start(1, "one", "--batch-size", 2), start(2, "two", STOP="1")
+    _, error, status = end(processes[0])
+    assert (status, error) == (0, 2 * "saved by None\n")
+    output, error, status = end(processes[1])
+    assert status != 0 and error.count("saved by 0") == 1 and "saved by 1" not in error
+    assert error.count("stopped after step 2, all saved") == 2 and "step 3" not in output
+    assert aggan.load_checkpoint(tmp_path / "two")["step"] == 2
     with pytest.raises(aggan.BadInput, match="a run of 2 processes, here are 1"):
-        aggan.train(aggan.load_checkpoint(tmp_path / "two", torch.device("cpu"))["config"], resume=True)
-    two = start(2, "two", "--resume")
-    assert two.returncode == 0 and two.stdout.count("step 5/5") == two.stdout.count("done:") == 1, two.stderr
-    assert two.stderr.count("saved by 0") == 1 and "saved by 1" not in two.stderr
-    state = aggan.load_checkpoint(tmp_path / "two", torch.device("cpu"))
+        aggan.train(aggan.load_checkpoint(tmp_path / "two")["config"], resume=True)
+    output, error, status = end(start(2, "two", "--resume"))
+    assert status == 0 and output.count("step 5/5") == output.count("done:") == 1, error
+    assert error.count("saved by 0") == 2 and "saved by 1" not in error  # steps 3 and 5
+    state = aggan.load_checkpoint(tmp_path / "two")
     first, second = weights(tmp_path / "one"), state["parts"]["nets"]
     torch.manual_seed(0)
     initial, moved = aggan.build(state["config"]).state_dict(), 0
@@ -1032,7 +1451,7 @@ def cuda(monkeypatch):
 def test_trains_on_cuda(folders, cuda, model):
     config = dict(steps=14, device="cuda", model=model)
     run = aggan.train(tiny(folders, **config))
-    state = aggan.load_checkpoint(run, cuda)
+    state = aggan.load_checkpoint(run)
     step = aggan.Trainer.train_step
     def killed(trainer, *batch):
         assert trainer.step < 7, "killed"
@@ -1041,7 +1460,7 @@ def test_trains_on_cuda(folders, cuda, model):
         patch.setattr(aggan.Trainer, "train_step", killed)
         aggan.train(tiny(folders, **config, out=str(folders / "killed")))
     resumed = aggan.train(tiny(folders, **config, out=str(folders / "killed")), resume=True)
-    resumed = aggan.load_checkpoint(resumed, cuda)
+    resumed = aggan.load_checkpoint(resumed)
     assert state["step"] == resumed["step"] == 14
     for k, w in state["parts"]["nets"].items():  # a step moves a weight by the rate, 1e-4 or 2e-4, at most
         assert w.isfinite().all() and (w - resumed["parts"]["nets"][k]).abs().max() < 14 * 2 * 2e-4
@@ -1074,7 +1493,7 @@ def test_graphed_steps_in_reduced_precision(cuda, precision):
 
 @needs_cuda
 def test_bench_on_cuda(cuda):
-    results = aggan.measures()["bench"](aggan.configure(dict(TINY, device="cuda"), mini=False), rounds=2)
+    results = aggan.bench(aggan.configure(dict(TINY, device="cuda"), mini=False), rounds=2)
     assert len(results) == 6 and all(row["peak_gib"] > 0 for row in results.values())
 
 def test_attention_finds_the_object(tmp_path):
@@ -1133,6 +1552,115 @@ def test_translate(trained, folders):
     back = aggan.to_tensor(aggan.load_image(path))
     assert (back - aggan.apply_any_size(nets["g_ba"], x).image[0]).abs().max() < 0.5 / 127.5 + 1e-6  # 8 bits
 
+def test_odd_images_are_translated(trained, folders, capsys):
+    (folders / "odd").mkdir()
+    odd = odd_images(folders / "odd")
+    (folders / "odd" / "clear.png").rename(folders / "odd" / "clear.jpg")  # which could not keep alpha
+    odd["clear.jpg"] = odd.pop("clear.png")
+    before = {path: path.read_bytes() for path in (folders / "odd").iterdir()}
+    paths = aggan.translate(trained, [folders / "odd"], "b", folders / "out")
+    kept_suffixes = aggan.tools()["WRITABLE"]
+    assert len(paths) == len(odd) and capsys.readouterr().err == ""
+    for name, (size, transparent, _) in odd.items():
+        written = folders / "out" / (name if Path(name).suffix.lower() in kept_suffixes else name + ".png")
+        image = Image.open(written)
+        assert written in paths and image.size == size, name
+        assert image.mode == ("RGBA" if transparent and name != "clear.jpg" else "RGB"), name
+        if image.mode == "RGBA":
+            alpha = aggan.load_image(folders / "odd" / name, None).getchannel("A")
+            assert image.getchannel("A").tobytes() == alpha.tobytes(), name
+    assert all(path.read_bytes() == content for path, content in before.items())
+    nets, _ = aggan.load_generators(trained, torch.device("cpu"))  # the colours below the transparency too
+    x = aggan.to_tensor(aggan.load_image(folders / "odd" / "clear.tif"))
+    pixels = aggan.TF.to_tensor(Image.open(folders / "out" / "clear.tif"))[:3]
+    assert (pixels - aggan.apply_any_size(nets["g_ab"], x).image[0] / 2 - 0.5).abs().max() < 0.5 / 255 + 1e-5
+
+def test_translate_names_what_it_cannot_do_and_does_the_rest(trained, folders, capsys, monkeypatch):
+    names, apply = useless_images(folders / "testA"), aggan.apply_any_size
+    Image.new("RGB", (64, 64)).save(folders / "testA" / "large.png")
+
+    def limited(generator, x):  # as a small GPU does
+        if x.shape[1] == 64:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+        return apply(generator, x)
+    monkeypatch.setattr(aggan, "apply_any_size", limited)
+    with pytest.raises(SystemExit) as stopped:
+        aggan.main(["translate", str(trained), str(folders / "testA"), "--to", "b", "--out",
+                    str(folders / "new")])
+    *warnings, last = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 1 and last == "aggan.py: 8 of 13 images not translated, see above"
+    for name in names:
+        assert sum(f"testA/{name}: not a usable image" in warning for warning in warnings) == 1
+    assert sum("large.png: 64 x 64 pixels, not translated (CUDA out of memory" in w for w in warnings) == 1
+    assert sorted(p.name for p in (folders / "new").iterdir()) == [f"{i}.png" for i in range(5)]
+
+def mutations(content, numbers):
+    """The bytes, changed at a few places, or shortened, or with a part twice, or a part of zeros."""
+    content = bytearray(content)
+    for _ in range(numbers.choice([1, 1, 2, 8])):
+        place, length = numbers.randrange(len(content)), numbers.randrange(1, 64)
+        kind = numbers.randrange(5)
+        if kind == 0:
+            content[place] ^= 1 << numbers.randrange(8)
+        elif kind == 1:
+            content[place:place + length] = numbers.randbytes(length)
+        elif kind == 2:
+            content[place:place + length] = bytes(length)
+        elif kind == 3:
+            content[place:place] = content[place:place + length]
+        else:
+            del content[max(1, place):]
+    return bytes(content)
+
+def test_two_hundred_damaged_images(trained, folders, capsys, monkeypatch):
+    """Each is translated or named; nothing else is said, and what is written is whole."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10 ** 5)  # so that none of the images is a large one
+    (folders / "odd").mkdir()
+    (folders / "damaged").mkdir()
+    odd_images(folders / "odd")
+    numbers, sources = random.Random(0), aggan.list_images(folders / "odd")
+    for i in range(200):
+        source = sources[i % len(sources)]
+        content = mutations(source.read_bytes(), numbers)
+        (folders / "damaged" / f"{i}{source.suffix}").write_bytes(content)
+    with warnings.catch_warnings(), pytest.raises(SystemExit) as stopped:
+        warnings.simplefilter("ignore")  # PIL's, of images that it can read nevertheless
+        aggan.main(["translate", str(trained), str(folders / "damaged"), "--to", "b", "--out",
+                    str(folders / "o")])
+    output = capsys.readouterr()
+    *errors, last = output.err.splitlines()
+    done = output.out.splitlines()
+    assert stopped.value.code == 1 and len(errors) > 50 and len(done) > 50 and len(errors) + len(done) == 200
+    assert last == f"aggan.py: {len(errors)} of 200 images not translated, see above"
+    assert all(re.match(r"warning: \S+/damaged/\d+\S*: not a usable image \(", error) for error in errors)
+    for path in done:
+        Image.open(path).load()
+    assert {str(p) for p in (folders / "o").iterdir()} == set(done)
+
+def test_a_hundred_damaged_checkpoints(folders, capsys):
+    """A run goes on from each, or names it and leaves it alone."""
+    run = aggan.train(tiny(folders, steps=2, blocks=0, model="scheme1", l_paired=0.0))
+    numbers, file, fates = random.Random(1), run / "checkpoint.pt", []
+    whole = file.read_bytes()
+    log = (run / "log.csv").read_bytes()
+    for i in range(100):
+        content = mutations(whole, numbers)
+        file.write_bytes(content)
+        capsys.readouterr()
+        try:
+            if i % 2:
+                aggan.main(["train", "--resume", "--out", str(run), "--device", "cpu"])
+            else:
+                aggan.main(["translate", str(run), str(folders / "testB"), "--to", "a", "--out",
+                            str(folders / "new"), "--device", "cpu"])
+            fates.append("used")
+        except SystemExit as stopped:
+            error = capsys.readouterr().err
+            assert stopped.code == 2 and error.count("\n") == 1 and f"{run}" in error, error
+            fates.append("refused")
+        assert file.read_bytes() == content and (run / "log.csv").read_bytes() == log
+    assert fates.count("refused") > 80
+
 def test_copied_pixels_keep_their_value():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, -1, -1)
     image = aggan.TF.to_pil_image(levels)
@@ -1156,7 +1684,8 @@ def test_mask_figures_by_hand():
     attention = torch.stack([foreground, 1 - foreground])[None]
     image = torch.tensor([[1.0, 0.5], [0.2, 0.0]]).expand(1, 3, 2, 2)
     mask = torch.tensor([[True, False], [True, False]])
-    figures = aggan.mask_figures(x, aggan.Translation(image, attention, torch.zeros(1, 1, 3, 2, 2)), mask)
+    t = aggan.Translation(image, attention, torch.zeros(1, 1, 3, 2, 2))
+    figures = aggan.tools()["mask_figures"](x, t, mask)
     assert figures["iou"] == pytest.approx(1 / 3)                # found: upper row; true: left column
     assert figures["background_error"] == pytest.approx(0.125)   # (0.5 + 0) / 2 pixels, halved: in [0, 1]
     assert figures["foreground_change"] == pytest.approx(0.3)    # (1 + 0.2) / 2, halved
@@ -1173,10 +1702,10 @@ def test_evaluate_averages_over_images(trained, folders):
     nets, config = aggan.load_generators(trained, torch.device("cpu"))
     figures = []
     for path in aggan.list_images(folders / "testB"):  # 40 x 60 -> 32 x 48: the mask's corner becomes 16 x 16
-        x = aggan.to_tensor(aggan.shrink(aggan.load_image(path), 32))
+        x = aggan.to_tensor(aggan.load_image(path, size=32))
         mask = torch.zeros(48, 32, dtype=torch.bool)
         mask[:16, :16] = True
-        figures.append(aggan.mask_figures(x[None], aggan.apply_any_size(nets["g_ba"], x), mask))
+        figures.append(aggan.tools()["mask_figures"](x[None], aggan.apply_any_size(nets["g_ba"], x), mask))
     assert results["b2a"].keys() == figures[0].keys()
     for name, value in results["b2a"].items():
         assert value == pytest.approx(sum(f[name] for f in figures) / 3, abs=1e-6)
@@ -1194,7 +1723,7 @@ def test_evaluate_keeps_the_translations(trained, folders):
     expected = [f"a2b/{i}.png" for i in range(5)] + ["a2b/more/0.png"] + [f"b2a/{i}.png" for i in range(3)]
     assert kept == expected
     nets, config = aggan.load_generators(trained, torch.device("cpu"))
-    x = aggan.to_tensor(aggan.shrink(aggan.load_image(folders / "testB" / "2.png"), config.size))
+    x = aggan.to_tensor(aggan.load_image(folders / "testB" / "2.png", size=config.size))
     image = aggan.to_image(aggan.apply_any_size(nets["g_ba"], x).image[0] / 2 + 0.5)
     assert Image.open(folders / "kept" / "b2a" / "2.png").tobytes() == image.tobytes()
     for place in ("kept", "testA/new", "testB/new/er"):  # where it would overwrite, or be measured itself
@@ -1202,7 +1731,7 @@ def test_evaluate_keeps_the_translations(trained, folders):
             aggan.evaluate(trained, save=folders / place)
     assert not (folders / "testA" / "new").exists()
     Image.new("RGB", (40, 32)).save(folders / "testA" / "0.jpg")
-    with pytest.raises(FileExistsError, match="0.png"):  # 0.jpg and 0.png would both be 0.png
+    with pytest.raises(aggan.BadInput, match="two images of .*testA would both be .*a2b/0.png"):
         aggan.evaluate(trained, save=folders / "again")
 
 @pytest.fixture(scope="session")
@@ -1231,7 +1760,7 @@ def test_kid_and_fid(trained, folders, inception, capsys):
     assert "subsets of 2 from 5 translations, 4 real" in capsys.readouterr().out
 
     def features(folder):
-        images = (aggan.shrink(aggan.load_image(path), 32) for path in aggan.list_images(folder))
+        images = (aggan.load_image(path, size=32) for path in aggan.list_images(folder))
         return torch.cat([net(aggan.TF.pil_to_tensor(image)[None])[0] for image in images]).double()
     for direction in ("a2b", "b2a"):
         x, y = features(folders / "kept" / direction), features(folders / f"test{direction[-1].upper()}")
@@ -1266,8 +1795,10 @@ def test_kid_without_torch_fidelity(trained, monkeypatch):
 
 # ---------------------------------------- 10. command line ----------------------------------------
 
-def test_every_field_is_an_option_with_help():
-    text = " ".join(run("train", "--help").stdout.split())
+def test_every_field_is_an_option_with_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        aggan.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(Config):
         name, kind = field.name.replace("_", "-"), " " + type(field.default).__name__.upper()
         kind = f", --no-{name}" if field.type is bool else kind
@@ -1291,14 +1822,12 @@ def test_bench(tmp_path, capsys):
 def test_readme_commands_are_understood(monkeypatch, tmp_path):
     text, called = (ROOT / "README.md").read_text(encoding="utf-8"), []
     commands = re.findall(r"^    (?:python|torchrun --nproc-per-node \d) aggan\.py (.*)$", text, re.M)
-    for name in ("run_train", "translate", "evaluate", "print_table"):
-        monkeypatch.setattr(aggan, name, lambda *a, name=name, **k: called.append(name))
-    monkeypatch.setattr(aggan, "measures", lambda: {"bench": lambda config: called.append("bench")})
-    monkeypatch.chdir(tmp_path)  # for --json
+    monkeypatch.setattr(aggan, "run_train", lambda resume, given: called.append("run_train"))
+    monkeypatch.setattr(aggan, "tools", lambda: {"run": lambda command, given: called.append(command)})
     for command in commands:
         aggan.main(shlex.split(command))
     assert {c.split()[0] for c in commands} == {"train", "translate", "evaluate", "bench"}
-    assert called.count("run_train") >= 2 and {"translate", "evaluate"} <= set(called)
+    assert called.count("run_train") >= 2 and {"translate", "evaluate", "bench"} <= set(called)
 
 def test_configure_layers():
     config = aggan.configure({})
@@ -1329,7 +1858,7 @@ def test_every_preset_by_the_command_line(folders, capsys, model):
                            ("0_attention.png", nets["g_ab"](x[None]).foreground[0])):
         pixels = aggan.TF.to_tensor(Image.open(new / file))
         assert pixels.shape[1:] == (40, 48) and (pixels - expected).abs().max() < 0.5 / 255 + 1e-5
-    x = aggan.sample_image(folders / "testA" / "0.png", 32)
+    x = sample_image(folders / "testA" / "0.png", 32)
     shown = aggan.to_tensor(Image.open(out / "samples" / "0000002.png"))[:, 2:34, 3 * 34 + 2:4 * 34]
     assert (shown - nets["g_ab"](x[None]).image[0]).abs().max() < 0.01  # what the training process drew
 
@@ -1351,7 +1880,8 @@ def test_command_line_end_to_end(folders, capsys):
         assert output.err == ""
         return output.out
     assert "--resume" in here(*command, "--epochs", 1, fails=True)
-    assert "--lr 1.0 contradicts" in here(*command, "--epochs", 1, "--resume", "--lr", 1, fails=True)
+    wrong = here(*command, "--epochs", 1, "--resume", "--lr", 1, "--model", "scheme1", fails=True)
+    assert f"--lr 1.0 (there 0.0001), --model scheme1 (there scheme2): another run than {out}" in wrong
     assert "resuming" in here("train", "--out", out, "--resume", "--no-compile", "--workers", 1)
     done = run("translate", out, folders / "testA", "--to", "b", "--out", folders / "new", "--attention")
     assert (done.returncode, done.stderr) == (0, "") and len(list((folders / "new").iterdir())) == 10
@@ -1362,14 +1892,13 @@ def test_command_line_end_to_end(folders, capsys):
     for figures in results.values():
         assert list(figures) == ["iou", "background_error", "foreground_change", "mean_attention"]
 
-def test_a_bad_image_in_a_loading_process_gets_one_line(folders):
-    for i in range(10, 15):  # not among those of the sample grid
-        (folders / "trainA" / f"{i}.png").write_text("not a picture")
-    small = command_line(dict(TINY, workers=1))
-    command = ["train", "--a", folders / "trainA", "--b", folders / "trainB", "--out", folders / "run"]
-    done = run(*command, *small)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert re.search(r"1\d\.png: not a readable image", done.stderr)
+def test_an_error_in_a_loading_process_gets_one_line(folders):
+    for path in (folders / "trainA").iterdir():
+        path.write_text("not a picture")
+    done = run("train", *command_line(dict(TINY, workers=1, a=folders / "trainA", b=folders / "trainB",
+                                           out=folders / "run")))
+    assert done.returncode == 2 and done.stderr.count("not a usable image") == 5
+    assert done.stderr.splitlines()[-1] == f"aggan.py: {folders}/trainA: not one usable image"
 
 def test_bundled_set_trains_without_folders(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -1381,8 +1910,10 @@ def test_bundled_set_trains_without_folders(tmp_path, monkeypatch, capsys):
     assert "-" not in output.split("->")[1].splitlines()[0]  # masks were found
 
 @pytest.mark.parametrize("arguments, words", [
-    (["train", "--a", "nowhere", "--b", "nowhere"], "nowhere: no such file or folder"),
-    (["train", "--a", "empty", "--b", "empty"], "empty: no images"),
+    (["train", "--a", "nowhere", "--b", "empty"], "nowhere: no such file or folder"),
+    (["train", "--a", "empty", "--b", "nowhere"], "empty: no images"),
+    (["train", "--a", "broken/x.png", "--b", "empty"], "broken/x.png: no such file or folder"),
+    (["train", "--a", "empty", "--b", "broken/../empty"], "--a and --b are the same folder"),
     (["train", "--a", "empty"], "--a and --b go together"),
     (["train", "--model", "cyclegam"], "argument --model: invalid choice: 'cyclegam' (choose from"),
     (["train", "--model", "cyclegan", "--l-paired", "1"], "--model cyclegan: has no mask"),
@@ -1400,7 +1931,13 @@ def test_bundled_set_trains_without_folders(tmp_path, monkeypatch, capsys):
     (["train", "--out", "broken/x.png"], "--out broken/x.png: is a file"),
     (["train", "--device", "meta"], "--device meta"),
     (["train", "--device", "gpu"], "--device gpu"),
-    (["train", "--a", "broken", "--b", "broken", "--steps", "1"], "x.png: not a readable image"),
+    (["train", "--width", "100000000"], "--width 100000000: must be between 1 and 2048"),
+    (["train", "--size", "4000000", "--resize", "4000000"], "--size 4000000: must be between 32 and"),
+    (["train", "--steps", "9" * 99], "must be between 0"), (["train", "--masks", "1"], "--masks 1: must be"),
+    (["bench", "--model", "scheme3"], "argument --model: invalid choice"),
+    (["evaluate", "nowhere"], "nowhere: no checkpoint.pt"),
+    (["translate", "nowhere", "empty", "--to", "b", "--out", "out"], "empty: no images"),
+    (["translate", "nowhere", "broken", "--to", "c", "--out", "out"], "argument --to: invalid choice: 'c'"),
     (["translate", "nowhere", "x.png", "--to", "b", "--out", "out"], "x.png: no such file or folder"),
     (["translate", "nowhere", "broken", "--to", "b", "--out", "out"], "nowhere: no checkpoint.pt"),
     (["evaluate", "broken/x.png"], "not a checkpoint"),
