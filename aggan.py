@@ -46,6 +46,7 @@ import re
 import runpy
 import signal
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -256,11 +257,9 @@ class ResidualAttentionDiscriminator(PatchDiscriminator):
 def whole(image: Tensor, mask: Tensor) -> Tensor:
     """What a discriminator sees of an image and its foreground mask: the image, Eq. (4). (B, 3, H, W)."""
     return image
-
 def paired(image: Tensor, mask: Tensor) -> Tensor:
     """Mask and image: the attention-guided discriminator, Eq. (5). (B, 1 + 3, H, W)."""
     return torch.cat([mask, image], dim=1)
-
 def masked(image: Tensor, mask: Tensor, tau: float = 0.1) -> Tensor:
     """Mejjati 2018: the foreground, where mask >= tau, on grey (0). (B, 3, H, W)."""
     return image * (mask >= tau)
@@ -280,11 +279,9 @@ def adversarial_loss(logits: Tensor, real: bool, kind: str = "lsgan") -> Tensor:
 def cycle_loss(reconstructed: Tensor, real: Tensor) -> Tensor:
     """Eq. (6), Zhu et al. 2017: mean |F(G(x)) - x|. Two (B, 3, H, W) -> a scalar."""
     return F.l1_loss(reconstructed, real)
-
 def pixel_loss(fake: Tensor, real: Tensor) -> Tensor:
     """Eq. (7), Tang 2019: mean |G(x) - x|, so that little is changed. Two (B, 3, H, W) -> a scalar."""
     return F.l1_loss(fake, real)
-
 def identity_loss(same: Tensor, real: Tensor) -> Tensor:
     """Eq. (8), Taigman et al. 2017: mean |G(y) - y|: a B stays as it is. Two (B, 3, H, W) -> a scalar."""
     return F.l1_loss(same, real)
@@ -475,6 +472,7 @@ def attempt(function, path: Path, *arguments):
 
 def write_whole(path: Path, save):
     """save(file), beside, then renamed: afterwards the file is whole, or what it was. BadInput: no room."""
+    path = path.resolve()  # where it is a link, what it leads to
     temporary = path.with_name(f".{path.name[:60]}.tmp")  # a name may be as long as the disk allows
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -483,9 +481,10 @@ def write_whole(path: Path, save):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise BadInput(f"{path}: cannot be written ({error.strerror})") from None
+    except Exception as error:  # PyTorch and PIL have their own
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise BadInput(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
 
 DATA = Path(__file__).resolve().parent / "data"  # the bundled mini set; below, the fields that it sets
 MINI = dict(size=64, resize=72, width=16, blocks=3, r=0.5, r_ramp=1.0, steps=2000, lr=4e-4, workers=0,
@@ -495,7 +494,8 @@ def list_images(folder: str | Path) -> list[Path]:
     """The folder's image files, by their suffix or for lack of one, sorted by path, subfolders included; no
     hidden ones, such as macOS's ._photo.jpg. BadInput where there is none."""
     kinds = {"", *(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)}
-    paths = sorted(p for p in Path(folder).rglob("[!.]*") if p.suffix.lower() in kinds and p.is_file())
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in kinds and p.is_file()
+                   and not any(part.startswith(".") for part in p.relative_to(folder).parts))
     if not paths:
         raise BadInput(f"{folder}: no {'images in this' if Path(folder).is_dir() else 'such file or'} folder")
     return paths
@@ -510,6 +510,7 @@ def load_image(path: str | Path, mode: str | None = "RGB", size: int = 0) -> Ima
         if image.mode[0] in "IF":  # convert() would clip what is more than 8 bits, not scale it
             high = 65535 if image.mode.startswith("I;16") else image.getextrema()[1]
             scale = next((255 / top for top in (1, 255) if high <= top), 255 / 65535)
+            image = image.convert("I" if image.mode[0] == "I" else "F")
             image = image.point(lambda value: value * scale + 0.5).convert("L")
         image = image.convert(mode or ("RGBA" if image.has_transparency_data else "RGB"))
         return TF.resize(image, size, TF.InterpolationMode.BICUBIC) if size else image
@@ -517,7 +518,6 @@ def load_image(path: str | Path, mode: str | None = "RGB", size: int = 0) -> Ima
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB image -> (3, H, W) in [-1, 1]."""
     return TF.to_tensor(image) * 2 - 1
-
 def to_image(x: Tensor) -> Image.Image:
     """(3 or 1, H, W) in [0, 1] -> RGB or grey; rounded, so that a copied pixel keeps its value."""
     return TF.to_pil_image((255 * x).round().clamp(0, 255).byte().cpu())
@@ -575,7 +575,6 @@ def sibling(folder: str | Path, old: str, new: str) -> Path | None:
     path = Path(folder).resolve()
     found = path.parent / path.name.replace(old, new)
     return found if found != path and found.is_dir() else None
-
 def domain_folders(config: Config) -> tuple[Path, Path]:
     return Path(config.a or DATA / "trainA"), Path(config.b or DATA / "trainB")
 
@@ -589,7 +588,7 @@ def pick_device(name: str) -> torch.device:
             torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be recorded in the default one
             name = "cuda"
         torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, absent, or without data
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # unknown, absent, ...
         raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from None
     return torch.device(name)
 
@@ -606,7 +605,6 @@ def learning_rate(config: Config, progress: float) -> float:
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
 FORMAT = 4  # of the checkpoints
 UNFUSED = "cyclegan", "guided"  # fuse no mask of their own, so that none can collapse
 PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
@@ -760,15 +758,19 @@ class Trainer:
                 "parts": {k: part.state_dict() for k, part in self.parts.items()}}
     def load_state_dict(self, state: dict):
         if len(state["processes"]) != self.world:
-            raise BadInput(f"--resume: a run of {len(state['processes'])} processes, here are {self.world}")
-        self.step, self.log = state["step"], state["log"]
+            raise BadInput(f"a run of {len(state['processes'])} processes, here are {self.world}")
+        self.step, self.log = range(self.total + 1).index(state["step"]), state["log"]
         self.rows = [row.to(self.device) for row in state["rows"]]
         for k, part in self.parts.items():
             if k != "scaler" or state["parts"][k]:  # one that was not needed is empty
                 part.load_state_dict(state["parts"][k])
-        own = state["processes"][self.rank]
+        for p, moments in [item for part in self.optimizers.values() for item in part.state.items()]:
+            if any(moment.shape != p.shape for name, moment in moments.items() if name != "step"):
+                raise ValueError("Adam would write elsewhere")  # it does not look
+        own, size = state["processes"][self.rank], self.config.size
         for k, pool in self.pools.items():
-            pool.items = [(image.to(self.device), mask.to(self.device)) for image, mask in own["pools"][k]]
+            pool.items = [(image.to(self.device).view(3, size, size),
+                           mask.to(self.device).view(1, size, size)) for image, mask in own["pools"][k]]
         torch.set_rng_state(own["random"].cpu())
 
 def load_checkpoint(run: str | Path) -> dict:
@@ -805,9 +807,10 @@ def write_progress(trainer: Trainer, path: Path, per_epoch: int, seconds: float)
     trainer.log.append({k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in row.items()})
     text = "".join(",".join(map(str, r)) + "\n" for r in (row, *map(dict.values, trainer.log)))
     write_whole(path, lambda file: file.write(text.encode()))
-    print(f"epoch {row['epoch']}  step {step}/{trainer.total}  {row['pairs_per_second']:.1f} pairs/s  "
-          f"{(trainer.total - step) * seconds / 60:.1f} min left  "
-          + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items()), flush=True)
+    with contextlib.suppress(OSError):  # where the screen is gone, the run goes on
+        print(f"epoch {row['epoch']}  step {step}/{trainer.total}  {row['pairs_per_second']:.1f} pairs/s  "
+              f"{(trainer.total - step) * seconds / 60:.1f} min left  "
+              + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items()), flush=True)
     for direction in ("ab", "ba"):
         mean = means["attention_" + direction]
         if (mean < 0.005 or mean > 0.995) and config.model not in UNFUSED:
@@ -816,10 +819,10 @@ def write_progress(trainer: Trainer, path: Path, per_epoch: int, seconds: float)
             print(f"warning: g_{direction}'s attention collapsed to {mean:.4f}: it {advice}", file=sys.stderr)
 
 def in_worker(_number: int):
-    """Signals that reach the loading processes too end none before `train` has finished its step."""
+    """Signals that reach the loading processes too end none before `train` has had the time for its step."""
     getattr(os, "setpgrp", int)()  # a terminal's Ctrl-C goes to its group; Windows has none
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # not an error, and batches are waiting
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(1, os._exit, [0]).start())
 
 def train(config: Config, resume: bool = False, signals: Sequence[int] = ()) -> Path:
     """Trains, leaves checkpoint.pt, log.csv and samples/*.png in the run folder, and returns it.
@@ -830,20 +833,24 @@ def train(config: Config, resume: bool = False, signals: Sequence[int] = ()) -> 
     if out.is_file() or not resume and rank == 0 and out.exists() and any(out.iterdir()):
         wrong = "is a file; name a folder" if out.is_file() else "not empty; name another folder, or --resume"
         raise BadInput(f"--out {out}: {wrong}")
+    if any(folder.resolve() in (out / "samples").resolve().parents for folder in folders):
+        raise BadInput(f"--out {out}: is in a training folder, whose images its samples would be")
     data = UnpairedImages(*folders, config.size, config.resize, config.seed)
-    tests = [sibling(folder, "train", "test") or folder for folder in folders]
-    shown = [x.to(device) for x in UnpairedImages(*tests, config.size, config.size).samples()]
+    tests = UnpairedImages(*(sibling(x, "train", "test") or x for x in folders), config.size, config.size)
+    shown = [x.to(device) for x in tests.samples()]
+    data.useless |= {k: tests.useless[k] for k in "ab" if tests.paths[k] == data.paths[k]}  # named already
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     size, per_epoch = config.batch_size, max(1, len(data) // (config.batch_size * world))
     trainer = Trainer(config, config.steps or config.epochs * per_epoch, device)
     if resume and (out / "checkpoint.pt").exists():
+        state = load_checkpoint(out)
         with reading(out / "checkpoint.pt"):
-            trainer.load_state_dict(load_checkpoint(out))
+            trainer.load_state_dict(state)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     started, first = time.monotonic(), trainer.step
     turns = range(first * world + rank, trainer.total * world, world)  # this process's batches
-    loader = DataLoader(data, batch_sampler=[range(i * size, (i + 1) * size) for i in turns],
+    loader = DataLoader(data, batch_sampler=(range(i * size, (i + 1) * size) for i in turns),
                         num_workers=min(config.workers, os.cpu_count()), pin_memory=device.type == "cuda",
                         generator=torch.Generator(),  # its own: the pools' random numbers stay the same
                         worker_init_fn=in_worker)
@@ -871,8 +878,7 @@ def train(config: Config, resume: bool = False, signals: Sequence[int] = ()) -> 
     if broken := int(sum(flags.sum() for flags in data.useless.values())):
         print(f"{broken} of {sum(map(len, data.paths.values()))} training images were no use; see above")
     if stop and not done:
-        raise BadInput(f"stopped after step {trainer.step}, all saved: python aggan.py train --out {out} "
-                         f"--resume goes on", 128 + int(stop))
+        raise BadInput(f"stopped after step {trainer.step}, saved; goes on with --resume", 128 + int(stop))
     return out
 
 # ---------------------------------------- 9. translate, evaluate, bench ----------------------------------
@@ -908,7 +914,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")  # one line; argparse would print the usage too
 
 def configure(given: dict, mini: bool = True) -> Config:
-    """Options given -> the configuration, without folders the mini set's if `mini`. BadInput: bad values."""
+    """Options given -> the configuration, without folders the mini set's if `mini`; not `check`ed."""
     model = given.get("model", Config.model)
     objective = {**PRESETS[model], **given}.get("objective", Config.objective)
     small = {} if given.get("a") or not mini else {**MINI, "steps": 0} if "epochs" in given else {**MINI}
@@ -916,7 +922,7 @@ def configure(given: dict, mini: bool = True) -> Config:
         small["r"] = 0.0  # the ramp is for masks that may collapse
     small["out"] = "runs/" + ("mini-" if small else "") + model
     folders = {name: str(Path(given[name]).resolve()) for name in ("a", "b") if given.get(name)}
-    return check(Config(**{**OBJECTIVES[objective], **PRESETS[model], **small, **given, **folders}))
+    return Config(**{**OBJECTIVES[objective], **PRESETS[model], **small, **given, **folders})
 
 def run_train(resume: bool, given: dict):
     config = configure(given)
@@ -932,13 +938,12 @@ def run_train(resume: bool, given: dict):
             raise BadInput(f"{', '.join(wrong)}: another run than {checkpoint}'s")
         config = dataclasses.replace(saved, **{"out": config.out, **free})
     if not config.a:
-        print(f"no folders given (--a, --b): the bundled mini set with mini settings, {config.size} px, "
-              f"width {config.width}, {config.blocks} blocks")
-    signals, note = [], lambda n, _: signals.append(n) or signal.signal(n, signal.SIG_DFL)  # the second kills
+        print(f"no --a, no --b: the bundled mini set, {config.size} px, width {config.width}, mini settings")
+    signals, note = [], lambda n, _: signals.append(n) or signal.signal(n, signal.SIG_DFL)  # a second kills
     with contextlib.ExitStack() as after:
         for number in (signal.SIGINT, signal.SIGTERM):
             after.callback(signal.signal, number, signal.signal(number, note))
-        train(config, resume, signals)
+        train(check(config), resume, signals)
     print(f"done: {config.out}/samples shows it, {config.out}/checkpoint.pt is for translate and evaluate")
 
 def main(argv: list[str] | None = None):
@@ -975,7 +980,7 @@ def main(argv: list[str] | None = None):
     command = given.pop("command")
     if int(os.environ.get("RANK", 0)):  # of torchrun's processes one speaks
         sys.stdout = open(os.devnull, "w")
-    sys.stdout.reconfigure(errors="backslashreplace")  # names that are no text, as stderr writes them
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # for odd names
     try:
         if command == "train":
             run_train(given.pop("resume"), given)
@@ -989,7 +994,7 @@ def main(argv: list[str] | None = None):
     except (MemoryError, RuntimeError) as error:
         if str(error) and not re.search("out of memory|t allocate memory", str(error)):
             raise
-        parser.error("out of memory; a smaller --batch-size, --size, --width or --masks needs less, and bf16")
+        parser.error("out of memory: train needs less with a smaller --batch-size, --size, --width, --masks")
 
 if __name__ == "__main__":
     main()

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
 
-from aggan import (BadInput, Trainer, UnpairedImages, apply_any_size, attempt, configure, domain_folders,
-                   list_images, load_generators, load_image, pick_device, reading, sibling, to_image,
-                   to_tensor, write_whole)
+from aggan import (BadInput, Trainer, UnpairedImages, apply_any_size, attempt, check, configure,
+                   domain_folders, list_images, load_generators, load_image, pick_device, reading, sibling,
+                   to_image, to_tensor, write_whole)
 
 WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # other formats are written as PNG
 
@@ -265,7 +265,9 @@ def run(command, given):
     if command == "translate":
         return translate(**given)
     file = given.pop("json")
-    results = bench(configure(given, mini=False)) if command == "bench" else evaluate(**given)
+    if file and Path(file).exists() and not (Path(file).is_file() and Path(file).suffix == ".json"):
+        raise BadInput(f"--json {file}: exists, and is no .json file")
+    results = bench(check(configure(given, mini=False))) if command == "bench" else evaluate(**given)
     print_table(results)
     if file:
         write_whole(Path(file), lambda out: out.write((json.dumps(results, indent=2) + "\n").encode()))
