@@ -735,7 +735,7 @@ class Trainer:
         self.names, row = list(terms), torch.stack(list(terms.values()))  # a copy: replays overwrite
         self.rows.append(row)
         return dict(zip(self.names, row))
-    def check(self):
+    def check_finite(self):
         """BadInput where a figure since the last line of the log, or a weight, is not finite."""
         first = self.step - len(self.rows) + 1
         wrong = [f"step {first + i}: {name} is {value}" for i, row in enumerate(self.rows)
@@ -747,7 +747,7 @@ class Trainer:
                              f"lower --lr, or --precision fp32", 1)
     def state_dict(self) -> dict:
         """Of all processes; each has to call it."""
-        self.check()
+        self.check_finite()
         own = {"random": torch.get_rng_state(), "pools": {
             k: [(image.cpu(), mask.cpu()) for image, mask in pool.items] for k, pool in self.pools.items()}}
         everyone = [own] * self.world
@@ -861,7 +861,7 @@ def train(config: Config, resume: bool = False, signals: Sequence[int] = ()) -> 
         if world > 1:
             dist.all_reduce(stop, dist.ReduceOp.MAX)  # all stop after the same step
         if trainer.step % config.log_every == 0 or done:
-            trainer.check()
+            trainer.check_finite()
             if rank == 0:  # of several processes one speaks and writes
                 seconds = (time.monotonic() - started) / (trainer.step - first)
                 write_progress(trainer, out / "log.csv", per_epoch, seconds)

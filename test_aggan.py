@@ -1010,6 +1010,10 @@ def test_bad_checkpoints_get_one_line(folders, capsys, monkeypatch):
         with changed(file) as state:
             state["parts"]["g"]["state"][0]["exp_avg"] = torch.zeros(1)
 
+    def pools():
+        with changed(file) as state:
+            state["processes"][0]["pools"]["a"][0] = torch.zeros(3, 8, 8), torch.zeros(1, 8, 8)
+
     def foreign(content):
         file.unlink()
         torch.save(content, file)
@@ -1021,7 +1025,7 @@ def test_bad_checkpoints_get_one_line(folders, capsys, monkeypatch):
     def archive():
         with zipfile.ZipFile(file, "w") as out:
             out.writestr("hello", "world")
-    only_training = [moments, lambda: change(step=-1), lambda: change(step="2")]
+    only_training = [moments, pools, lambda: change(step=-1), lambda: change(step="2")]
     for spoil, words in (
             *((spoil, "not a checkpoint") for spoil in only_training),
             (lambda: file.write_bytes(b""), "not a checkpoint"),
