@@ -38,7 +38,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import inspect
 import math
 import os
 import random
@@ -603,13 +602,14 @@ def learning_rate(config: Config, progress: float) -> float:
     """Constant for the first half of the run, then linearly to 0 at progress = 1."""
     return config.lr * min(1.0, 2 - 2 * progress)
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 FORMAT = 4  # of the checkpoints
 UNFUSED = "cyclegan", "guided"  # fuse no mask of their own, so that none can collapse
 PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
 CHOICES = dict(model=PRESETS, objective=OBJECTIVES, norm=NORMS, head=("patch", "pooled"),
                gan=("lsgan", "vanilla"), attention_map=("pha", "tam"), precision=("auto", *PRECISIONS))
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 def check(config: Config) -> Config:
     """Itself. BadInput names the field whose value is no use."""
@@ -737,14 +737,14 @@ class Trainer:
         return dict(zip(self.names, row))
     def check_finite(self):
         """BadInput where a figure since the last line of the log, or a weight, is not finite."""
-        first = self.step - len(self.rows) + 1
-        wrong = [f"step {first + i}: {name} is {value}" for i, row in enumerate(self.rows)
-                 for name, value in zip(self.names, row.tolist()) if not math.isfinite(value)]
+        rows = torch.stack(self.rows).tolist() if self.rows else []  # a GPU is waited for once, not for each
+        wrong = [f"step {step}: {name} is {value}" for step, row in enumerate(rows, self.step - len(rows) + 1)
+                 for name, value in zip(self.names, row) if not math.isfinite(value)]
         wrong += [f"step {self.step}: weights of {name} are not finite" for name, net in self.nets.items()
-                  if not all(p.isfinite().all() for p in net.parameters())]
+                  if not torch.stack([p.isfinite().all() for p in net.parameters()]).all()]
         if wrong:
             raise BadInput(f"{wrong[0]}; not saved, the last checkpoint is from before. Try a new run with a "
-                             f"lower --lr, or --precision fp32", 1)
+                           "lower --lr, or --precision fp32", 1)
     def state_dict(self) -> dict:
         """Of all processes; each has to call it."""
         self.check_finite()
@@ -822,7 +822,7 @@ def in_worker(_number: int):
     """Signals that reach the loading processes too end none before `train` has had the time for its step."""
     getattr(os, "setpgrp", int)()  # a terminal's Ctrl-C goes to its group; Windows has none
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(1, os._exit, [0]).start())
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(1, os._exit, [0]).start())  # 0: no error
 
 def train(config: Config, resume: bool = False, signals: Sequence[int] = ()) -> Path:
     """Trains, leaves checkpoint.pt, log.csv and samples/*.png in the run folder, and returns it.
@@ -949,7 +949,7 @@ def run_train(resume: bool, given: dict):
 def main(argv: list[str] | None = None):
     parser = Parser(prog="aggan.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text(encoding="utf-8"), re.M))
     for command, text in (("train", "train on two folders, or on the bundled mini set"),
                           ("bench", "time the training step; its loader on two folders or the mini set")):
         sub = commands.add_parser(command, help=text, epilog="[defaults]: scheme2's, your own folders")
