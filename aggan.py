@@ -10,6 +10,7 @@ same with A and B exchanged (G is `g_ab` and F `g_ba` in the code; the numbers a
     (3) scheme II      a = softmax over n masks, C = tanh(.)          `SchemeTwoGenerator`
     (4) L_GAN          log D_B(y) + log(1 - D_B(G(x)))                `adversarial_loss` on the view `whole`
                        or, by default, least squares: (D_B(y) - 1)^2 + D_B(G(x))^2
+                       (D learns by half of it, G by D's loss had G(x) been real)
     (5) L_AGAN         log D([m, y]) + log(1 - D([m, G(x)]))          the same, on `paired`; m = 1 - a_n of x
     (6) L_cycle        |F(G(x)) - x|_1, a mean, as (7) and (8)        `cycle_loss`
     (7) L_pixel        |G(x) - x|_1                                   `pixel_loss`
@@ -17,6 +18,7 @@ same with A and B exchanged (G is `g_ab` and F `g_ba` in the code; the numbers a
     (9) L_tv           sum of |m[h+1, w] - m[h, w]| + |m[h, w+1] - m[h, w]|       `total_variation_loss`
    (10) objective      r (l_cycle L_cycle + l_pixel L_pixel + l_identity L_identity)
                        + (1 - r) (l_gan L_GAN + l_paired L_AGAN + l_tv L_tv)       `weigh`
+                       (--r 0: without r, both factors 1)
 
   --model  | paper                                            | generator            | attention
   scheme1  | AGGAN, Tang et al. 2019, arXiv 1903.12296        | `SchemeOneGenerator` | one sigmoid mask
@@ -85,8 +87,8 @@ def fuse(x: Tensor, attention: Tensor, content: Tensor) -> Tensor:
 NORMS = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}  # the first without affine, its default
 
 def conv_block(in_channels: int, out_channels: int, kernel: int, stride: int = 1, norm: str = "instance"):
-    """Convolution, norm, ReLU: c7s1-k and 3x3 layers (reflection padded), dk with stride 2 (zero padded).
-    (B, in_channels, H, W) -> (B, out_channels, H/stride, W/stride)."""
+    """Convolution, norm, ReLU: c7s1-k and 3x3 layers (reflection padded); stride 2, as in dk, is zero padded.
+    (B, in_channels, H, W) -> (B, out_channels, H/stride, W/stride), rounded up."""
     padding_mode = "reflect" if stride == 1 else "zeros"
     convolution = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, padding_mode=padding_mode)
     return nn.Sequential(convolution, NORMS[norm](out_channels), nn.ReLU(inplace=True))
@@ -172,7 +174,7 @@ class AttentionNetwork(nn.Sequential):
         return super().forward(x).float().sigmoid()
 
 class GatedGenerator(nn.Module):
-    """Mejjati 2018: F, CycleGAN's, sees the foreground alone: a F(a x) + (1 - a) x; n = 2."""
+    """Mejjati 2018: CycleGAN's generator, g, sees the foreground alone: a g(a x) + (1 - a) x; n = 2."""
     def __init__(self, width: int = 64, blocks: int = 9, norm: str = "instance"):
         super().__init__()
         self.attention_network = AttentionNetwork(max(1, width // 2), norm)
@@ -203,7 +205,7 @@ class PatchDiscriminator(nn.Module):
     patch (Isola et al. 2017): C64 C128 C256 stride 2, C512 stride 1, conv to one map; no norm in C64. Each
     logit sees 70 x 70 pixels. (B, in_channels, H, W) -> (B, 1, H//8 - 2, W//8 - 2); H, W >= 24.
     pooled (Tang 2019): C64 C128 C256 C512 stride 2, C512 stride 1 without norm, average, conv to one number.
-    (B, in_channels, H, W) -> (B, 1, 1, 1); H, W >= 32."""
+    (B, in_channels, H, W) -> (B, 1, 1, 1); H, W >= 32. ValueError for another head."""
     def __init__(self, in_channels: int = 3, width: int = 64, norm: str = "instance", head: str = "patch"):
         super().__init__()
         if head not in ("patch", "pooled"):
@@ -224,7 +226,7 @@ class PatchDiscriminator(nn.Module):
                 x = layer(x)
         return x
     def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the head reads and what `attention` averages, (B, 4*width, H/8, W/8) each."""
+        """What the head reads and what `attention` averages, (B, 4*width, H//8, W//8) each."""
         features = self.run(self.trunk, self.run(self.stem, x))
         return features, features
     def forward(self, x: Tensor) -> Tensor:
@@ -248,16 +250,16 @@ class ResidualAttentionDiscriminator(PatchDiscriminator):
         self.mix = nn.Sequential(nn.Conv2d(wide, wide, 1), nn.ReLU(), nn.Conv2d(wide, wide, 1), nn.Sigmoid())
     def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
         stem = self.run(self.stem, x)                                   # (B, width, H/2, W/2)
-        trunk = self.run(self.trunk, stem)                              # (B, 4*width, H/8, W/8)
+        trunk = self.run(self.trunk, stem)                              # (B, 4*width, H//8, W//8)
         mask = F.interpolate(self.branch(stem), size=trunk.shape[-2:], mode="bilinear")
-        mask = self.mix(mask)                                           # (B, 4*width, H/8, W/8) in [0, 1]
+        mask = self.mix(mask)                                           # (B, 4*width, H//8, W//8) in [0, 1]
         return (1 + mask) * trunk, mask
 
 def whole(image: Tensor, mask: Tensor) -> Tensor:
     """What a discriminator sees of an image and its foreground mask: the image, Eq. (4). (B, 3, H, W)."""
     return image
 def paired(image: Tensor, mask: Tensor) -> Tensor:
-    """Mask and image: the attention-guided discriminator, Eq. (5). (B, 1 + 3, H, W)."""
+    """Mask and image: the attention-guided discriminator, L_AGAN, Eq. (5). (B, 1 + 3, H, W)."""
     return torch.cat([mask, image], dim=1)
 def masked(image: Tensor, mask: Tensor, tau: float = 0.1) -> Tensor:
     """Mejjati 2018: the foreground, where mask >= tau, on grey (0). (B, 3, H, W)."""
@@ -295,8 +297,8 @@ def total_variation_loss(mask: Tensor) -> Tensor:
 # ---------------------------------------- 6. the objective ----------------------------------------
 @dataclasses.dataclass
 class Config:
-    """One run. Each field is an option of `train`, its comment the help text. In order of precedence: command
-    line, MINI (on the mini set), PRESETS (by model), OBJECTIVES, the defaults below."""
+    """One run. Each field is an option of `train` and `bench`, its comment the help text. In order of
+    precedence: command line, MINI (mini set; see `configure`), PRESETS (by model), OBJECTIVES, these."""
     model: str = "scheme2"         # scheme1, scheme2, cyclegan, mejjati or guided
     objective: str = "final"       # weights, r, rate: final (the papers; scheme1, scheme2) or released (code)
     a: str = ""                    # folder of domain A; without --a and --b: the bundled mini set
@@ -322,7 +324,7 @@ class Config:
     size: int = 256                # side of the training crops, a multiple of 4
     resize: int = 286              # shorter side of the images before cropping
     batch_size: int = 1            # pairs a step, of each process
-    epochs: int = 200              # passes over the larger folder
+    epochs: int = 200              # passes over the larger folder, in whole batches
     steps: int = 0                 # length of the run in steps, in place of --epochs
     lr: float = 1e-4               # Adam's rate, constant for half of the run, then linearly to 0
     pool: int = 50                 # earlier fakes kept for the discriminators
@@ -331,9 +333,10 @@ class Config:
     precision: str = "auto"        # auto (bf16 or fp16 on CUDA, by its age; else fp32), fp32, bf16 or fp16
     merge: bool = True             # real and fake, x and identity input in one batch; never with batch norm
     compile: bool = True           # on CUDA: torch.compile the networks, replay the step as a CUDA graph
-    workers: int = 4               # processes that load images; 0: none
+    workers: int = 4               # processes that load images, one a core at most; 0: none
     log_every: int = 100           # steps between progress lines, each a row of log.csv
     save_every: int = 1000         # steps between checkpoints, each with a sample grid
+    tensorboard: bool = False      # curves and grids for TensorBoard too, in the run folder
 
 OBJECTIVES = {  # fields that --objective sets
     "final": {},
@@ -381,7 +384,7 @@ def switch(nets: nn.ModuleDict, config: Config, progress: float):
 def judges(nets: nn.ModuleDict, domain: str, view) -> list[tuple]:
     """The discriminators of a domain, as (loss term, network, view); `view` is the vanilla one's."""
     table = ("gan", "d_" + domain, view), ("paired", "paired_" + domain, paired)
-    return [(term, nets[name], view) for term, name, view in table if name in nets]
+    return [(term, nets[name], look) for term, name, look in table if name in nets]
 
 def curriculum(config: Config, progress: float) -> tuple[float, float]:
     """The factors (r, 1 - r) of Eq. (10) at `progress` in [0, 1]; (1, 1) without a curriculum."""
@@ -421,7 +424,8 @@ def discriminator_objective(judges: list[tuple], real: tuple, fake: tuple, confi
     its own translation. As in Eq. (5), `paired` sees the fake's mask beside the real image too."""
     losses = {}
     for term, discriminator, view in judges:
-        seen = view(real[0], fake[1] if view is paired else real[1]), view(*fake)
+        mask = fake[1] if view is paired else real[1]  # beside the real image
+        seen = view(real[0], mask), view(*fake)
         merge = config.merge and config.norm == "instance"
         on_real, on_fake = discriminator(torch.cat(seen)).chunk(2) if merge else map(discriminator, seen)
         losses["d_" + term] = (adversarial_loss(on_real, True, config.gan)
@@ -460,14 +464,15 @@ def reading(path: str | Path, failure: str = "not a checkpoint that this can use
     try:
         yield
     except Exception as error:
-        raise BadInput(f"{path}: {failure} ({str(error).partition(chr(10))[0]})") from None
+        raise BadInput(f"{path}: {failure} ({' '.join(str(error).split())[:200]})") from None
 
 def attempt(function, path: Path, *arguments):
     """function(path, *arguments), or None, and a warning, where this file is no use."""
     try:
         return function(path, *arguments)
     except BadInput as error:
-        print(f"warning: {error}; going on without it", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # where the screen is gone
+            print(f"warning: {error}; going on without it", file=sys.stderr, flush=True)
 
 def write_whole(path: Path, save):
     """save(file), beside, then renamed: afterwards the file is whole, or what it was. BadInput: no room."""
@@ -500,8 +505,8 @@ def list_images(folder: str | Path) -> list[Path]:
     return paths
 
 def load_image(path: str | Path, mode: str | None = "RGB", size: int = 0) -> Image.Image:
-    """Any image that PIL reads, its first frame, turned upright by its EXIF tag; mode None: RGB or RGBA, by
-    what it has; its shorter side resized to `size`, if given. BadInput where it is no use."""
+    """Any image that PIL reads, EPS apart: its first frame, turned upright by its EXIF tag; mode None: RGB or
+    RGBA, by what it has; the shorter side resized to `size`, if given. BadInput where it is no use."""
     with reading(path, "not a usable image"), Image.open(path) as image:
         if image.format == "EPS" or size and max(image.size) > 100 * min(image.size):  # EPS are programs
             raise ValueError(f"{image.format} of {image.width} x {image.height} pixels")
@@ -588,7 +593,7 @@ def pick_device(name: str) -> torch.device:
             name = "cuda"
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # unknown, absent, ...
-        raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"--device {name}: {str(error).partition(chr(10))[0]}") from None
     return torch.device(name)
 
 def compiler_works(device: torch.device) -> bool:
@@ -602,7 +607,7 @@ def learning_rate(config: Config, progress: float) -> float:
     """Constant for the first half of the run, then linearly to 0 at progress = 1."""
     return config.lr * min(1.0, 2 - 2 * progress)
 
-FORMAT = 4  # of the checkpoints
+FORMAT = 5  # of the checkpoints
 UNFUSED = "cyclegan", "guided"  # fuse no mask of their own, so that none can collapse
 PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
 CHOICES = dict(model=PRESETS, objective=OBJECTIVES, norm=NORMS, head=("patch", "pooled"),
@@ -688,8 +693,8 @@ class Trainer:
                                        real, fake, self.config))
         return dict(sums)
     def launch(self, function, *inputs: Tensor):
-        """function(*inputs). On CUDA the fourth call is recorded as a graph, which is replayed from then on:
-        one launch for thousands. What a replay returns, the next one overwrites."""
+        """function(*inputs). On CUDA the fourth call (of a view) is recorded as a graph, which is
+        replayed from then on: one launch for thousands. What a replay returns, the next one overwrites."""
         if self.graphs is None:
             return function(*inputs)
         graph = self.graphs.setdefault((function.__name__, self.view is whole), [])
@@ -788,35 +793,46 @@ def load_checkpoint(run: str | Path) -> dict:
         state["config"] = check(Config(**config))
         return state
 
-def save_samples(path: Path, nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor):
-    """A PNG, a row for each pair of images: four panels of A -> B, four of B -> A."""
+def save_samples(path: Path, nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor) -> Tensor:
+    """A PNG, a row for each pair of images: four panels of A -> B, four of B -> A. -> the grid in [0, 1]."""
     nets.eval()
     with torch.no_grad():
         rows = [panels(real_a, nets["g_ab"](real_a)), panels(real_b, nets["g_ba"](real_b))]
     nets.train()
     grid = make_grid(torch.cat(rows, dim=1).flatten(0, 1) / 2 + 0.5, nrow=8, pad_value=1)
     write_whole(path, lambda file: to_image(grid).save(file, "PNG"))
+    return grid
 
-def write_progress(trainer: Trainer, path: Path, per_epoch: int, seconds: float):
-    """A line on the screen and a row of log.csv: means since the last one. `seconds`: of a step."""
+def write_progress(trainer: Trainer, path: Path, per_epoch: int, seconds: float, board=None):
+    """A line on the screen, a row of log.csv and, where there is one, on the `board`: means since the last
+    one. `seconds`: of a step."""
     step, config = trainer.step, trainer.config
     means = dict(zip(trainer.names, torch.stack(trainer.rows).mean(0).tolist()))
     row = {"step": step, "epoch": (step - 1) // per_epoch + 1,
            "pairs_per_second": config.batch_size * trainer.world / seconds,
-           "rate": learning_rate(config, (step - 1) / trainer.total), **means}
+           "rate": learning_rate(config, (step - 1) / trainer.total),
+           "r": curriculum(config, (step - 1) / trainer.total)[0], **means}
     trainer.log.append({k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in row.items()})
     text = "".join(",".join(map(str, r)) + "\n" for r in (row, *map(dict.values, trainer.log)))
     write_whole(path, lambda file: file.write(text.encode()))
+    if board:
+        board(step, row)
     with contextlib.suppress(OSError):  # where the screen is gone, the run goes on
         print(f"epoch {row['epoch']}  step {step}/{trainer.total}  {row['pairs_per_second']:.1f} pairs/s  "
               f"{(trainer.total - step) * seconds / 60:.1f} min left  "
               + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items()), flush=True)
-    for direction in ("ab", "ba"):
-        mean = means["attention_" + direction]
-        if (mean < 0.005 or mean > 0.995) and config.model not in UNFUSED:
-            advice = ("copies its input; try --r 0.5 --r-ramp 1, then a lower --r" if mean < 0.5 else
-                      "repaints everything; try a higher --l-pixel or --l-identity")
-            print(f"warning: g_{direction}'s attention collapsed to {mean:.4f}: it {advice}", file=sys.stderr)
+        for direction in ("ab", "ba"):
+            mean = means["attention_" + direction]
+            if (mean < 0.005 or mean > 0.995) and config.model not in UNFUSED:
+                advice = ("copies its input; try --r 0.5 --r-ramp 1, then a lower --r" if mean < 0.5 else
+                          "repaints everything; try a higher --l-pixel")
+                warning = f"warning: g_{direction}'s attention collapsed to {mean:.4f}: it {advice}"
+                print(warning, file=sys.stderr)
+
+def tools() -> dict:
+    """What one does with a run: `translate`, `evaluate`, `bench` and their like, of data/tools.py."""
+    sys.modules.setdefault("aggan", sys.modules[__name__])  # for its `import aggan`, if this file is __main__
+    return runpy.run_path(str(DATA / "tools.py"))
 
 def in_worker(_number: int):
     """Signals that reach the loading processes too end none before `train` has had the time for its step."""
@@ -829,7 +845,7 @@ def train(config: Config, resume: bool = False, signals: Sequence[int] = ()) -> 
     BadInput where it holds something already, unless `resume`: that goes on from its checkpoint, if any.
     Where `signals` comes to hold one: finishes the step, saves, raises BadInput, status 128 + its number."""
     device, out, folders = pick_device(config.device), Path(config.out), domain_folders(config)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    rank, world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)  # torchrun's
     if out.is_file() or not resume and rank == 0 and out.exists() and any(out.iterdir()):
         wrong = "is a file; name a folder" if out.is_file() else "not empty; name another folder, or --resume"
         raise BadInput(f"--out {out}: {wrong}")
@@ -847,6 +863,7 @@ def train(config: Config, resume: bool = False, signals: Sequence[int] = ()) -> 
         state = load_checkpoint(out)
         with reading(out / "checkpoint.pt"):
             trainer.load_state_dict(state)
+    board = tools()["tensorboard"](out, trainer.step) if config.tensorboard and rank == 0 else None
     (out / "samples").mkdir(parents=True, exist_ok=True)
     started, first = time.monotonic(), trainer.step
     turns = range(first * world + rank, trainer.total * world, world)  # this process's batches
@@ -864,12 +881,14 @@ def train(config: Config, resume: bool = False, signals: Sequence[int] = ()) -> 
             trainer.check_finite()
             if rank == 0:  # of several processes one speaks and writes
                 seconds = (time.monotonic() - started) / (trainer.step - first)
-                write_progress(trainer, out / "log.csv", per_epoch, seconds)
+                write_progress(trainer, out / "log.csv", per_epoch, seconds, board)
             trainer.rows, started, first = [], time.monotonic(), trainer.step
         if trainer.step % config.save_every == 0 or done or stop:
             state = trainer.state_dict()
             if rank == 0:
-                save_samples(out / "samples" / f"{trainer.step:07}.png", trainer.nets, *shown)
+                grid = save_samples(out / "samples" / f"{trainer.step:07}.png", trainer.nets, *shown)
+                if board:
+                    board(trainer.step, grid=grid)
                 write_whole(out / "checkpoint.pt", functools.partial(torch.save, state))
         if stop:
             break
@@ -882,29 +901,8 @@ def train(config: Config, resume: bool = False, signals: Sequence[int] = ()) -> 
     return out
 
 # ---------------------------------------- 9. translate, evaluate, bench ----------------------------------
-def load_generators(run: str | Path, device: torch.device) -> tuple[nn.ModuleDict, Config]:
-    """The trained networks in evaluation mode, and their configuration."""
-    state = load_checkpoint(run)
-    with reading(run), torch.device("meta"):  # what does not match the file takes no memory
-        nets = build(state["config"])
-        nets.load_state_dict(state["parts"]["nets"], assign=True)
-    return nets.float().to(device).eval(), state["config"]
-
-@torch.no_grad()
-def apply_any_size(generator: nn.Module, x: Tensor) -> Translation:
-    """The generator on one image (3, H, W) of any size: padded to what it needs, cropped back; batch of 1."""
-    height, width = x.shape[-2:]
-    pad = [max(16, -(-side // 4) * 4) - side for side in (width, height)]
-    t = generator(F.pad(x[None], (0, pad[0], 0, pad[1]), mode="replicate"))
-    return Translation(*(part[..., :height, :width] for part in t))
-
-def tools() -> dict:
-    """What one does with a run: `translate`, `evaluate`, `bench` and what they need, of data/tools.py."""
-    sys.modules.setdefault("aggan", sys.modules[__name__])  # for its `import aggan`, if this file is __main__
-    return runpy.run_path(str(DATA / "tools.py"))
-
-def __getattr__(name: str):  # aggan.translate(...)
-    if name in ("translate", "evaluate", "bench"):
+def __getattr__(name: str):  # aggan.translate(...), of data/tools.py
+    if name in ("translate", "evaluate", "bench", "load_generators", "apply_any_size"):
         return tools()[name]
     raise AttributeError(name)
 
@@ -931,7 +929,7 @@ def run_train(resume: bool, given: dict):
         print(f"resuming {checkpoint}" if checkpoint.exists() else f"no {checkpoint} yet: starting anew")
     if resume and checkpoint.exists():
         saved = load_checkpoint(checkpoint)["config"]
-        free = {k: given[k] for k in ("out", "device", "workers", "compile") if k in given}
+        free = {k: given[k] for k in ("out", "device", "workers", "compile", "tensorboard") if k in given}
         wrong = [f"{flag(name)} {given[name]} (there {getattr(saved, name)})" for name in given
                  if name not in free and getattr(config, name) != getattr(saved, name)]
         if wrong:
@@ -950,9 +948,10 @@ def main(argv: list[str] | None = None):
     parser = Parser(prog="aggan.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text(encoding="utf-8"), re.M))
+    small = " ".join(f"{flag(name)} {value}" for name, value in MINI.items())
     for command, text in (("train", "train on two folders, or on the bundled mini set"),
                           ("bench", "time the training step; its loader on two folders or the mini set")):
-        sub = commands.add_parser(command, help=text, epilog="[defaults]: scheme2's, your own folders")
+        sub = commands.add_parser(command, help=text, epilog=f"[defaults]: scheme2's; mini set: {small}")
         for field in dataclasses.fields(Config):
             kind = (dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(
                 type=field.type, metavar=field.type.__name__.upper(), choices=CHOICES.get(field.name)))
@@ -970,7 +969,7 @@ def main(argv: list[str] | None = None):
     sub.add_argument("--attention", action="store_true", help="save the foreground attention too")
     sub = commands.add_parser("evaluate", help="measure a run, against true masks if any", parents=[common])
     for name in ("a", "b", "masks_a", "masks_b"):
-        sub.add_argument(flag(name), default="", help="folder; default: beside the training folder")
+        sub.add_argument(flag(name), default="", help="folder; default: testA, masksA beside trainA")
     sub.add_argument("--save", default="", help="new folder for the translations")
     sub.add_argument("--kid", nargs="?", const="", metavar="WEIGHTS",
                      help="KID and FID too, by torch-fidelity; default: the weights that it keeps")
@@ -978,7 +977,7 @@ def main(argv: list[str] | None = None):
         commands.choices[command].add_argument("--json", default="", help="file for the figures, too")
     given = vars(parser.parse_args(argv))
     command = given.pop("command")
-    if int(os.environ.get("RANK", 0)):  # of torchrun's processes one speaks
+    if int(os.environ.get("RANK") or 0):  # of torchrun's processes one speaks
         sys.stdout = open(os.devnull, "w")
     getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # for odd names
     try:

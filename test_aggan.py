@@ -1,8 +1,11 @@
 """Tests of aggan.py, in its order. No network, no GPU, seeded. Run: pytest -q"""
+import ast
 import contextlib
 import dataclasses
 import functools
+import http.server
 import importlib.util
+import io
 import json
 import math
 import os
@@ -14,6 +17,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import warnings
 import zipfile
 import zlib
@@ -50,6 +54,13 @@ def run(*arguments, **options):
     """The command line in a process of its own, as a user calls it."""
     return subprocess.run([sys.executable, str(ROOT / "aggan.py"), *map(str, arguments)],
                           capture_output=True, text=True, timeout=100, **options)
+
+def script(name):
+    """data/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "data" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 def sample_image(path, size):
     return aggan.to_tensor(aggan.TF.center_crop(aggan.load_image(path, size=size), size))
@@ -830,9 +841,7 @@ def test_a_folder_without_one_usable_image(folders, capsys):
     assert capsys.readouterr().err.count("not a usable image") == 3
 
 def test_mini_set_is_what_its_script_draws(tmp_path):
-    spec = importlib.util.spec_from_file_location("draw", ROOT / "data" / "draw.py")
-    draw = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(draw)
+    draw = script("draw")
     for name in ("first", "second"):
         draw.draw_set(tmp_path / name, train=1, test=2)
     files = sorted(p.relative_to(tmp_path / "first") for p in (tmp_path / "first").rglob("*.*"))
@@ -901,6 +910,42 @@ def test_train_leaves_a_run_folder(folders, capsys, changes):
     assert len(lines) == 2 and "step 3/3" in lines[1]
     for figure in ("pairs/s", "left", "gan ", "cycle ", "attention_ab ", "attention_ba "):
         assert figure in lines[1]
+
+def test_tensorboard(folders, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = tiny(folders, steps=5, tensorboard=True)
+    with pytest.raises(aggan.BadInput, match="stopped after step 1"):
+        aggan.train(config, signals=[signal.SIGTERM])
+    early = (folders / "run" / "checkpoint.pt").read_bytes()
+    aggan.train(config, resume=True)
+    (folders / "run" / "checkpoint.pt").write_bytes(early)  # as if killed before its next checkpoint
+    run = aggan.train(config, resume=True)
+    events = accumulator.EventAccumulator(str(run / "tensorboard")).Reload()
+    header, *rows = [row.split(",") for row in (run / "log.csv").read_text().splitlines()]
+    for name, *column in zip(header, *rows):
+        shown = events.Scalars(name)
+        assert [event.step for event in shown] == [2, 4, 5], name
+        assert [event.value for event in shown] == pytest.approx([*map(float, column)], rel=1e-4), name
+    grids = events.Images("samples")
+    assert [grid.step for grid in grids] == [1, 2, 4, 5]
+    with Image.open(io.BytesIO(grids[-1].encoded_image_string)) as shown:
+        drawn = Image.open(run / "samples" / "0000005.png")
+        assert (aggan.to_tensor(shown.convert("RGB")) - aggan.to_tensor(drawn)).abs().max() < 0.02
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoint.pt", "log.csv", "samples", "tensorboard"]
+    writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+    wrong = "tensorboard: cannot be written .full"
+    with monkeypatch.context() as patch, pytest.raises(aggan.BadInput, match=wrong):
+        patch.setattr(writer, "add_scalar", lambda *_: exec("raise OSError('full')"))
+        aggan.train(dataclasses.replace(config, out=str(folders / "full")))
+    monkeypatch.setenv("RANK", "1")  # of several processes the first one writes
+    assert list(aggan.train(dataclasses.replace(config, out=str(folders / "second"))).iterdir()) == [
+        folders / "second" / "samples"]
+
+def test_without_tensorboard(folders, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(aggan.BadInput, match="pip install tensorboard"):
+        aggan.train(tiny(folders, steps=2, tensorboard=True))
+    assert not (folders / "run").exists()
 
 def test_log_holds_means_of_the_steps(folders):
     config = tiny(folders, steps=4, log_every=4)
@@ -1639,14 +1684,14 @@ def test_odd_images_are_translated(trained, folders, capsys):
     assert (pixels - aggan.apply_any_size(nets["g_ab"], x).image[0] / 2 - 0.5).abs().max() < 0.5 / 255 + 1e-5
 
 def test_translate_names_what_it_cannot_do_and_does_the_rest(trained, folders, capsys, monkeypatch):
-    names, apply = useless_images(folders / "testA"), aggan.apply_any_size
+    names, forward = useless_images(folders / "testA"), aggan.SchemeTwoGenerator.forward
     Image.new("RGB", (64, 64)).save(folders / "testA" / "large.png")
 
     def limited(generator, x):  # as a small GPU does
-        if x.shape[1] == 64:
+        if x.shape[2] == 64:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
-        return apply(generator, x)
-    monkeypatch.setattr(aggan, "apply_any_size", limited)
+        return forward(generator, x)
+    monkeypatch.setattr(aggan.SchemeTwoGenerator, "forward", limited)
     with pytest.raises(SystemExit) as stopped:
         aggan.main(["translate", str(trained), str(folders / "testA"), "--to", "b", "--out",
                     str(folders / "new")])
@@ -1770,6 +1815,18 @@ def test_evaluate_averages_over_images(trained, folders):
     for name, value in results["b2a"].items():
         assert value == pytest.approx(sum(f[name] for f in figures) / 3, abs=1e-6)
 
+def test_masks_in_folders_like_their_images(trained, folders):
+    for k, white in (("x", 0), ("y", 255)):
+        for name, mode, colour in (("testA", "RGB", (90, 50, 20)), ("masksA", "L", white)):
+            (folders / "deep" / name / k).mkdir(parents=True)
+            Image.new(mode, (32, 32), colour).save(folders / "deep" / name / k / "1.png")
+    (folders / "deep" / "masksA" / "x" / "1.png").rename(folders / "deep" / "masksA" / "x" / "1.webp.png")
+    with pytest.raises(aggan.BadInput, match="no mask for x/1.png"):
+        aggan.evaluate(trained, a=folders / "deep" / "testA")
+    (folders / "deep" / "masksA" / "x" / "1.webp.png").rename(folders / "deep" / "masksA" / "x" / "1.png")
+    figures = aggan.evaluate(trained, a=folders / "deep" / "testA")["a2b"]
+    assert figures["background_error"] is not None and figures["foreground_change"] is not None
+
 def test_evaluate_without_masks(trained):
     for figures in aggan.evaluate(trained).values():
         assert figures["iou"] is None and figures["background_error"] is None
@@ -1879,10 +1936,13 @@ def test_bench(tmp_path, capsys):
         assert row["pairs_a_second"] * row["ms_a_step"] == pytest.approx(2000)
         assert row["tflop_a_second"] * row["ms_a_step"] == pytest.approx(counter.get_total_flops() / 1e9)
 
-def test_readme_commands_are_understood(monkeypatch, tmp_path):
-    text, called = (ROOT / "README.md").read_text(encoding="utf-8"), []
-    commands = re.findall(r"^    (?:python|torchrun --nproc-per-node \d) aggan\.py (.*)$", text, re.M)
-    monkeypatch.setattr(aggan, "run_train", lambda resume, given: called.append("run_train"))
+def test_readme_commands_are_understood(monkeypatch):
+    called = []
+    commands = re.findall(r"^    (?:\S*python|torchrun --nproc-per-node \d) aggan\.py (.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    def run_train(resume, given):
+        aggan.check(aggan.configure(given))
+        called.append("run_train")
+    monkeypatch.setattr(aggan, "run_train", run_train)
     monkeypatch.setattr(aggan, "tools", lambda: {"run": lambda command, given: called.append(command)})
     for command in commands:
         aggan.main(shlex.split(command))
@@ -1941,7 +2001,8 @@ def test_command_line_end_to_end(folders, capsys):
     assert "--resume" in here(*command, "--epochs", 1, fails=True)
     wrong = here(*command, "--epochs", 1, "--resume", "--lr", 1, "--model", "scheme1", fails=True)
     assert f"--lr 1.0 (there 0.0001), --model scheme1 (there scheme2): another run than {out}" in wrong
-    assert "resuming" in here("train", "--out", out, "--resume", "--no-compile", "--workers", 1)
+    assert "resuming" in here("train", "--out", out, "--resume", "--no-compile", "--workers", 1,
+                              "--no-tensorboard")
     assert "resuming" in here("train", "--out", out, "--resume", "--size", 32)  # the mini set's is 64 of 72
     for there in (folders, out / "checkpoint.pt"):
         assert "exists, and is no .json" in here("evaluate", out, "--json", there, fails=True)

@@ -1,4 +1,4 @@
-"""What one does with a run, loaded by aggan.py for it alone: translate, evaluate, bench."""
+"""What one does with a run, loaded by aggan.py for it alone: translate, evaluate, bench, TensorBoard."""
 import collections
 import ctypes
 import dataclasses
@@ -13,22 +13,63 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.nn import functional
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
 
-from aggan import (BadInput, Trainer, UnpairedImages, apply_any_size, attempt, check, configure,
-                   domain_folders, list_images, load_generators, load_image, pick_device, reading, sibling,
+from aggan import (BadInput, Config, Trainer, Translation, UnpairedImages, attempt, build, check, configure,
+                   domain_folders, list_images, load_checkpoint, load_image, pick_device, reading, sibling,
                    to_image, to_tensor, write_whole)
 
 WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # other formats are written as PNG
 
 
+def tensorboard(run: Path, step: int):
+    """-> show(step, figures, grid), which writes them for TensorBoard. What a killed run wrote there after
+    `step` is shown no more. BadInput where the package is missing, and where they cannot be written."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise BadInput("--tensorboard needs one more package: pip install tensorboard") from None
+    folder = run / "tensorboard"
+    writer = SummaryWriter(str(folder), purge_step=step + 1)
+    def show(step, figures=(), grid=None):
+        with reading(folder, "cannot be written"):
+            for name, value in dict(figures).items():
+                writer.add_scalar(name, value, step)
+            if grid is not None:
+                writer.add_image("samples", grid, step)
+            writer.flush()
+    return show
+
+
+def load_generators(run: str | Path, device: torch.device) -> tuple[torch.nn.ModuleDict, Config]:
+    """The trained networks in evaluation mode, and their configuration."""
+    state = load_checkpoint(run)
+    with reading(run), torch.device("meta"):  # what does not match the file takes no memory
+        nets = build(state["config"])
+        nets.load_state_dict(state["parts"]["nets"], assign=True)
+    return nets.float().to(device).eval(), state["config"]
+
+
+@torch.no_grad()
+def apply_any_size(generator: torch.nn.Module, x: torch.Tensor) -> Translation:
+    """The generator on one image (3, H, W) of any size: padded to what it needs, cropped back; batch of 1."""
+    height, width = x.shape[-2:]
+    pad = [max(16, -(-side // 4) * 4) - side for side in (width, height)]
+    t = generator(functional.pad(x[None], (0, pad[0], 0, pad[1]), mode="replicate"))
+    return Translation(*(part[..., :height, :width] for part in t))
+
+
 def translate(run, inputs, to, out, attention=False, device="auto"):
     """Each input image (files, or folders of them) -> `out`/its name, at its size, with its transparency;
     with `attention`, the mask beside it as NAME_attention.png. Returns the paths of the translations.
-    BadInput where an input would be overwritten, and, after the others, where one could not be translated."""
+    BadInput where an output would overwrite an input or another output, and, after the others, where an
+    input could not be translated."""
     device, out = pick_device(device), Path(out)
+    if out.is_file():
+        raise BadInput(f"--out {out}: is a file; name a folder")
     jobs, taken = {}, {}  # source -> its outputs; output -> its source
     for item in map(Path, inputs):
         for path in [item] if item.is_file() else list_images(item):
@@ -206,8 +247,9 @@ def mask_figures(x, t, mask):
 
 def evaluate(run, a="", b="", masks_a="", masks_b="", save="", kid=None, device="auto"):
     """Mean figures of test images, shorter side resized to the run's size: {"a2b": {...}, "b2a": {...}}.
-    Folders not given: testA and testB beside the training folders; masksA and masksB beside those, if any.
-    A mask has its image's name (any extension) and size; white is the foreground. None: not measured.
+    Folders not given: those beside the training folders, named with test for train, and beside the test
+    folders, named with masks for test, if any. A mask has its image's path in the folder (any extension) and
+    size; white is the foreground. None: not measured.
     `save`: new folder for the translations, a2b/NAME.png. `kid`: torch-fidelity's Inception weights, "" for
     the file that it keeps: the translations' KID and FID to the target's images too."""
     device, results, tests, seen = pick_device(device), {}, {}, collections.defaultdict(list)
@@ -225,15 +267,18 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", kid=None, device=
     for source, target, masks in zip("ab", "ba", (masks_a, masks_b)):
         direction, (folder, paths) = f"{source}2{target}", tests[source]
         masks = masks or sibling(folder, "test", "masks")
-        truth = {path.stem: path for path in list_images(masks)} if masks else {}
+        truth = {p.relative_to(masks).with_suffix(""): p for p in list_images(masks)} if masks else {}
         figures = []
+        if not masks:
+            print(f"{folder}: no masks, so that only the mean attention is measured")
         for path in paths:
             real, mask = load_image(path, size=config.size), None
             x = to_tensor(real).to(device)
             if masks:
-                if path.stem not in truth:
-                    raise BadInput(f"{masks}: no mask for {path.name}")
-                mask = TF.to_tensor(load_image(truth[path.stem], "L")).to(device)
+                name = path.relative_to(folder)
+                if name.with_suffix("") not in truth:
+                    raise BadInput(f"{masks}: no mask for {name}")
+                mask = TF.to_tensor(load_image(truth[name.with_suffix("")], "L")).to(device)
                 mask = TF.resize(mask, x.shape[-2:])[0] >= 0.5
             t = apply_any_size(nets["g_" + source + target], x)
             figures.append(mask_figures(x[None], t, mask))
