@@ -861,6 +861,82 @@ def test_mini_set_masks_match_their_images():
         area = torch.stack([aggan.to_tensor(aggan.load_image(p)) for p in masks]).gt(0).float().mean()
         assert 0.05 < area < 0.3
 
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server on this machine; its folder, and its address."""
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+        def copyfile(self, source, target):  # of the maps: the connection breaks half-way
+            content = source.read()
+            target.write(content[:len(content) // 2] if "maps" in self.path else content)
+    monkeypatch.setenv("no_proxy", "*")
+    root = tmp_path / "server"
+    root.mkdir()
+    handler = functools.partial(Handler, directory=root)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+        yield root, f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+def test_download(folders, server, capsys, monkeypatch):
+    root, host = server
+    here, parts, timeouts = folders / "my data", ("trainA", "trainB", "testA", "testB"), []
+    download = script("download")
+    monkeypatch.setattr(download.socket, "setdefaulttimeout", timeouts.append)
+
+    def get(name, *more, fails="", status=2):
+        with pytest.raises(SystemExit) if fails else contextlib.nullcontext() as stopped:
+            download.main([name, "--folder", str(here), "--host", host, *more])
+        output = capsys.readouterr()
+        assert not fails or stopped.value.code == status and fails in output.err.splitlines()[-1], output.err
+        assert "usage" not in output.err
+        return output.out
+
+    def archive(name, parts, empty=()):
+        path = root / f"{name}.zip"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+            for part in parts:
+                for image in sorted((folders / part).iterdir()):
+                    file.write(image, f"{name}/{part}/{image.name}")
+            for part in empty:
+                file.mkdir(f"{name}/{part}")
+        return path
+    archive("horse2zebra", parts)
+    command = get("horse2zebra").split("aggan.py ")[1]
+    for part in parts:
+        for image in (folders / part).iterdir():
+            assert (here / "horse2zebra" / part / image.name).read_bytes() == image.read_bytes()
+    aggan.main([*shlex.split(command), "--out", str(folders / "run"), "--steps", "1",
+                *map(str, command_line(TINY))])
+    marked = here / "horse2zebra" / "mine.txt"
+    marked.write_text("kept")
+    get("horse2zebra", fails="exists already")
+    archive("apple2orange", parts[:3], parts[3:])
+    get("apple2orange", fails="has no testB")
+    whole = archive("facades", parts).read_bytes()
+    for place in range(50, len(whole) - 1, len(whole) // 20):  # in contents and in the list of files
+        (root / "facades.zip").write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1:])
+        get("facades", fails="facades.zip: ")
+    archive("maps", parts)
+    get("maps", fails="maps.zip: did not arrive whole")
+    get("monet2photo", fails="monet2photo.zip: not downloaded (HTTP Error 404")
+    get("cats2dogs", fails="invalid choice: 'cats2dogs' (choose from")
+    get("ukiyoe2photo", "--host", "http://127.0.0.1:9", fails="ukiyoe2photo.zip: not downloaded (")
+    get("ukiyoe2photo", "--host", "nowhere", fails="nowhere/ukiyoe2photo.zip")
+    assert [p.name for p in here.iterdir()] == ["horse2zebra"] and marked.read_text() == "kept"
+    assert min(timeouts) == max(timeouts) == 60
+
+    def interrupted(name, folder, host=download.HOST):
+        assert (name, Path(folder), host) == ("maps", ROOT / "data", download.HOST)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(download, "download", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        download.main(["maps"])
+    text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|.* [GM]B \|$", text, re.M)) == set(download.SETS)
+    assert f"<{download.HOST}/>" in text
+
 def test_panels():
     x, attention, content = random_translation(n=3)
     t = aggan.Translation(aggan.fuse(x, attention, content), attention, content)
