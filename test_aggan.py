@@ -987,6 +987,61 @@ def test_train_leaves_a_run_folder(folders, capsys, changes):
     for figure in ("pairs/s", "left", "gan ", "cycle ", "attention_ab ", "attention_ba "):
         assert figure in lines[1]
 
+def test_pictures(folders):
+    pictures = script("pictures")
+    runs = {model: aggan.train(tiny(folders, steps=2, model=model, out=str(folders / model)))
+            for model in ("scheme2", "cyclegan")}
+    pictures.draw(runs, folders, steps=(0, 2))
+    size = 2 * 32 + 2
+    names = "strip", "family", "attention"
+    strip, family, attention = (Image.open(folders / f"{name}.png") for name in names)
+    assert strip.size == (8 * size, 16 + 2 * size) and family.height == 16 + 2 * size
+    assert attention.size == (3 * 34, 16 + 2 * 34)
+    x = aggan.to_tensor(attention.crop((0, 16, 32, 48)))
+    assert (x - sample_image(folders / "testA" / "0.png", 32)).abs().max() < 0.01
+    config = aggan.load_checkpoint(runs["scheme2"])["config"]
+    fresh = aggan.Trainer(config, 1, torch.device("cpu")).nets["g_ab"].eval()
+    trained = aggan.load_generators(runs["scheme2"], torch.device("cpu"))[0]["g_ab"]
+    for left, generator in ((34, fresh), (68, trained)):  # after 0 and 2 steps
+        shown = aggan.TF.to_tensor(attention.crop((left, 16, left + 32, 48)))
+        assert (shown - generator(x[None]).foreground[0]).abs().max() < 0.02
+    left = family.width - 6 * size
+    for top, white in ((16, False), (16 + size, True)):  # CycleGAN repaints everything
+        mask = aggan.TF.to_tensor(family.crop((left + size, top, left + 2 * size - 2, top + size - 2)))
+        assert (mask.min() > 0.99) == white
+    for picture, x0, run, row, y0, columns in (
+            (strip, 0, "scheme2", 0, 16, range(8)), (strip, 0, "scheme2", 1, 16 + size, range(8)),
+            (family, left, "scheme2", 2, 16, (0, 1, 3, 4, 5, 7)),
+            (family, left, "cyclegan", 2, 16 + size, (0, 1, 3, 4, 5, 7))):
+        grid = Image.open(runs[run] / "samples" / "0000002.png")
+        for k, column in enumerate(columns):
+            tile = grid.crop((2 + 34 * column, 2 + 34 * row, 34 + 34 * column, 34 + 34 * row))
+            shown = picture.crop((x0 + k * size, y0, x0 + k * size + 64, y0 + 64))
+            assert shown.tobytes() == tile.resize((64, 64), Image.Resampling.BICUBIC).tobytes()
+    b = aggan.to_tensor(attention.crop((0, 50, 32, 82)))
+    assert (b - sample_image(folders / "testB" / "0.png", 32)).abs().max() < 0.01
+    for picture in (strip, family, attention):  # the texts above
+        assert picture.crop((0, 0, picture.width, 16)).convert("L").getextrema()[0] < 100
+
+def test_the_pictures_runs(tmp_path, monkeypatch, capsys):
+    pictures, trained, drawn = script("pictures"), [], []
+    monkeypatch.setattr(aggan, "train", lambda config, resume, _: trained.append((config, resume)))
+    monkeypatch.setattr(pictures, "draw", lambda runs, folder: drawn.append((runs, folder)))
+    pictures.main([str(tmp_path / "new")])
+    models = "scheme2", "scheme1", "mejjati", "cyclegan", "guided", "guided"
+    assert [config.model for config, _ in trained] == [*models]
+    assert [config.attention_map for config, _ in trained] == ["pha"] * 5 + ["tam"]
+    for config, resume in trained:
+        assert resume and not config.a and config.steps == pictures.STEPS[-1]
+        assert all(step % config.save_every == 0 for step in pictures.STEPS)
+    runs = {name: config.out for name, (config, _) in zip(pictures.MODELS, trained)}
+    assert len(set(runs.values())) == 6 and drawn == [(runs, tmp_path / "new")]
+    (tmp_path / "file").write_text("")
+    for wrong, words in ((tmp_path / "file", "File exists"), ("--fast", "unrecognized arguments: --fast")):
+        with pytest.raises(SystemExit, match="2"):
+            pictures.main([str(wrong)])
+        assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
 def test_tensorboard(folders, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = tiny(folders, steps=5, tensorboard=True)
