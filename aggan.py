@@ -895,7 +895,8 @@ def train(config: Config, resume: bool = False, signals: Sequence[int] = ()) -> 
     if world > 1:
         dist.destroy_process_group()
     if broken := int(sum(flags.sum() for flags in data.useless.values())):
-        print(f"{broken} of {sum(map(len, data.paths.values()))} training images were no use; see above")
+        with contextlib.suppress(OSError):
+            print(f"{broken} of {sum(map(len, data.paths.values()))} training images were no use; see above")
     if stop and not done:
         raise BadInput(f"stopped after step {trainer.step}, saved; goes on with --resume", 128 + int(stop))
     return out

@@ -50,7 +50,7 @@ def table(rows, above=(), left=()):
     for k, row in enumerate(rows):
         for n, image in enumerate(row):
             picture.paste(image, (x0 + n * (width + 2), y0 + k * (height + 2)))
-    return picture
+    return picture.quantize()  # to 256 colours: a third of the bytes
 
 
 def tiles(picture, row, columns, scale=1):
