@@ -10,7 +10,7 @@ same with A and B exchanged (G is `g_ab` and F `g_ba` in the code; the numbers a
     (3) scheme II      a = softmax over n masks, C = tanh(.)          `SchemeTwoGenerator`
     (4) L_GAN          log D_B(y) + log(1 - D_B(G(x)))                `adversarial_loss` on the view `whole`
                        or, by default, least squares: (D_B(y) - 1)^2 + D_B(G(x))^2
-                       (D learns by half of it, G by D's loss had G(x) been real)
+                       (D's is halved; G's is that of G(x) called real)
     (5) L_AGAN         log D([m, y]) + log(1 - D([m, G(x)]))          the same, on `paired`; m = 1 - a_n of x
     (6) L_cycle        |F(G(x)) - x|_1, a mean, as (7) and (8)        `cycle_loss`
     (7) L_pixel        |G(x) - x|_1                                   `pixel_loss`

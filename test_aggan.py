@@ -17,6 +17,7 @@ import signal
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import warnings
 import zipfile
@@ -1220,8 +1221,9 @@ def test_bad_checkpoints_get_one_line(folders, capsys, monkeypatch):
             (lambda: foreign(Evil(evil)), "not a checkpoint"),
             (lambda: change(model="vae"), "--model vae: must be one of"),
             (lambda: change(width=2 ** 31), "not a checkpoint"), (lambda: change(blocks=2 ** 31), "--blocks"),
-            (lambda: change(width=8), "size mismatch for g_ab"), (lambda: change(lr="fast"), "not a checkpoint"),
-            (lambda: change(nets={}), "not a checkpoint"), (lambda: change(nets=7), "not a checkpoint")):
+            (lambda: change(width=8), "size mismatch for g_ab"),
+            (lambda: change(lr="fast"), "not a checkpoint"), (lambda: change(nets={}), "not a checkpoint"),
+            (lambda: change(nets=7), "not a checkpoint")):
         file.write_bytes(whole)
         spoil()
         spoilt = file.read_bytes()
@@ -2088,6 +2090,23 @@ def test_readme_commands_are_understood(monkeypatch):
         aggan.main(shlex.split(command))
     assert {c.split()[0] for c in commands} == {"train", "translate", "evaluate", "bench"}
     assert called.count("run_train") >= 2 and {"translate", "evaluate", "bench"} <= set(called)
+
+def test_readme_snippets_for_a_trained_run(trained, monkeypatch, capsys):
+    shares, copy = (code.replace("runs/mini-scheme2", str(trained)) for code in (
+        re.search(r"```python\n(.*?)```", README, re.S)[1],
+        textwrap.dedent(re.search(r"    nets = torch.load.*?\n\n", README, re.S)[0])))
+    monkeypatch.chdir(ROOT)
+    exec(shares, {})
+    for line in capsys.readouterr().out.splitlines()[-2:]:
+        assert len(json.loads(line)) == TINY["masks"] and sum(json.loads(line)) == pytest.approx(1)
+    names = {"torch": torch, "SchemeTwoGenerator": SchemeTwoGenerator}
+    exec(copy.replace("width=16, blocks=3", "width=4, blocks=1, masks=3"), names)
+    nets, _ = aggan.load_generators(trained, torch.device("cpu"))
+    assert torch.equal(names["t"].image, nets["g_ab"](torch.zeros(1, 3, 64, 64)).image)
+
+def test_readme_equations_are_the_docstrings():
+    block = re.search(r"```\n( \(1\).*?)```", README, re.S)[1]
+    assert textwrap.indent(block, "   ") in aggan.__doc__ and "(10)" in block
 
 def test_configure_layers():
     config = aggan.configure({})
