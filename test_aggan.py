@@ -34,6 +34,7 @@ from aggan import (Config, CycleGANGenerator, GatedGenerator, GuidedGenerator, I
                    ResidualAttentionDiscriminator, SchemeOneGenerator, SchemeTwoGenerator)
 
 ROOT = Path(__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 SIZES = [(256, 256), (64, 64), (64, 96)]
 TINY = dict(width=4, blocks=1, masks=3, size=32, resize=36, workers=0, log_every=2, save_every=2,
             device="cpu")
@@ -2080,7 +2081,7 @@ def test_bench(tmp_path, capsys):
 
 def test_readme_commands_are_understood(monkeypatch):
     called = []
-    commands = re.findall(r"^    (?:\S*python|torchrun --nproc-per-node \d) aggan\.py (.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    commands = re.findall(r"^    (?:\S*python|torchrun --nproc-per-node \d) aggan\.py (.*)$", README, re.M)
     def run_train(resume, given):
         aggan.check(aggan.configure(given))
         called.append("run_train")
@@ -2090,6 +2091,51 @@ def test_readme_commands_are_understood(monkeypatch):
         aggan.main(shlex.split(command))
     assert {c.split()[0] for c in commands} == {"train", "translate", "evaluate", "bench"}
     assert called.count("run_train") >= 2 and {"translate", "evaluate", "bench"} <= set(called)
+
+def test_readme_names_exist():
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert name in globals(), name
+    for name in re.findall(r"`([A-Z][a-z]\w+)`", README):  # classes
+        assert hasattr(aggan, name), name
+    for name in re.findall(r"`(\w+)`", README.split("## The equations")[1].split("## The papers")[0]):
+        assert hasattr(aggan, name) or name in globals(), name
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "aggan.py", *ROOT.glob("data/*.py")))
+    options = {aggan.flag(no + field.name) for field in dataclasses.fields(Config) for no in ("", "no_")}
+    others = {"--nproc-per-node", "--nnodes", "--logdir", "--help", "--masks-a", "--masks-b", "--l-area"}
+    for name in set(re.findall(r"--[a-z][a-z-]+", README)) - options - others:
+        assert f'"{name}"' in code, name
+    for name in re.findall(r"\baggan\.(\w+)\b(?<!\.py)", README):
+        assert hasattr(aggan, name), name
+    assert (len(PIECES), README.count("```diff"), README.count("<details>")) == (10, 7, 10)
+    for path in re.findall(r"\]\(([\w/.-]+)\)", README) + re.findall(r"python (data/\w+\.py)", README):
+        assert (ROOT / path).exists(), path
+    sections = [re.sub(r"[^\w -]", "", s).lower() for s in re.findall(r"^##+ (.*)$", README, re.M)]
+    for anchor in re.findall(r"\]\(#([\w-]+)\)", README):
+        assert anchor.replace("-", " ") in sections, anchor
+
+@pytest.mark.parametrize("diff", re.findall(r"```diff\n(.*?)```", README, re.S))
+def test_exercises_run_and_change_something(folders, diff):
+    source = (ROOT / "aggan.py").read_text(encoding="utf-8")
+    for hunk in diff.split("@@\n"):
+        old, new = ("".join(line[1:] for line in hunk.splitlines(True) if line[0] in kept)
+                    for kept in (" -", " +"))
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    (folders / "changed.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("changed", folders / "changed.py")
+    changed = importlib.util.module_from_spec(spec)
+    sys.modules["changed"] = changed  # dataclasses look there
+    spec.loader.exec_module(changed)
+    judge = aggan.PatchDiscriminator(4, TINY["width"])
+    results, x, y = [], *(sample_image(folders / f"test{k}" / "0.png", 32)[None] for k in "AB")
+    for module in (aggan, changed):
+        config = module.configure(dict(TINY, a=str(folders / "trainA"), b=str(folders / "trainB"), steps=2))
+        trainer = module.Trainer(config, 2, torch.device("cpu"))
+        trainer.nets["paired_b"].load_state_dict(judge.state_dict())
+        assert all(term.isfinite() for term in trainer.train_step(x, y).values())
+        learnt = [trainer.nets.eval()["g_ab"](x).image, *trainer.nets["paired_b"].parameters()]
+        results.append(torch.cat([tensor.flatten() for tensor in learnt]))
+    assert not torch.equal(*results)
 
 def test_readme_snippets_for_a_trained_run(trained, monkeypatch, capsys):
     shares, copy = (code.replace("runs/mini-scheme2", str(trained)) for code in (
@@ -2107,6 +2153,43 @@ def test_readme_snippets_for_a_trained_run(trained, monkeypatch, capsys):
 def test_readme_equations_are_the_docstrings():
     block = re.search(r"```\n( \(1\).*?)```", README, re.S)[1]
     assert textwrap.indent(block, "   ") in aggan.__doc__ and "(10)" in block
+
+PIECES = re.findall(r"^\| (`.*) \| (.*)\|$", README.split("## Copy these pieces")[1].split("\n## ")[0], re.M)
+
+@pytest.mark.parametrize("pieces, needed", PIECES)
+def test_pieces_run_alone(folders, pieces, needed):
+    names, copied = (set(re.findall(r"`(\w+)`", cell)) for cell in (pieces, pieces + needed))
+    if "sections 1 and 2" in needed:
+        copied |= {"Translation", "fuse", "NORMS", "conv_block", "ResidualBlock", "Encoder", "Decoder"}
+    source, x = (ROOT / "aggan.py").read_text(encoding="utf-8"), torch.rand(2, 3, 32, 32) * 2 - 1
+    parts = [part for part in ast.parse(source).body if isinstance(part, (ast.Import, ast.ImportFrom))
+             or getattr(part, "name", None) in copied
+             or isinstance(part, ast.Assign) and part.targets[0].id in copied]
+    alone = {"__name__": "copied"}
+    exec(compile(ast.Module(parts, []), "copied", "exec"), alone)
+    for name in names:
+        piece, mask = alone[name], torch.rand(2, 1, 32, 32)
+        if name == "fuse":
+            assert piece(x, mask.expand(2, 2, 32, 32), x[:, None]).shape == x.shape
+        elif "Generator" in name:
+            more = [aggan.PatchDiscriminator(3, 4)] if name == "GuidedGenerator" else []
+            t = piece(*more, 4, 1)(x)
+            assert t.image.shape == x.shape and t.foreground.shape == mask.shape
+        elif "Discriminator" in name:
+            assert piece(3, 4)(x).shape == (2, 1, 2, 2) and piece(3, 4).attention(x).shape == mask.shape
+        elif name in ("whole", "paired", "masked"):
+            assert piece(x, mask).shape[2:] == x.shape[2:]
+        elif name == "adversarial_loss":
+            assert piece(mask, True).shape == ()
+        elif name.endswith("loss"):
+            assert piece(*(mask, mask)[:1 + (name != "total_variation_loss")]).shape == ()
+        elif name == "ImagePool":
+            assert piece().query(x, mask)[0].shape == x.shape
+        else:
+            assert name == "UnpairedImages"
+            (folders / "trainA" / "0.png").write_text("broken")
+            data = piece(folders / "trainA", folders / "trainB", 32, 36)
+            assert all(data[i][0].shape == (3, 32, 32) for i in range(5))
 
 def test_configure_layers():
     config = aggan.configure({})
