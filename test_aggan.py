@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -1621,6 +1622,9 @@ def written(path, save):
         print("saved by", os.environ.get("RANK"), file=sys.stderr)
     write(path, save)
 aggan.Trainer.train_step, aggan.write_whole = stopped, written
+if "FORK" in os.environ:  # two processes as torchrun's, which would import torch three times
+    os.environ.update(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ["FORK"])
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = "01"[os.fork() == 0]
 aggan.main(sys.argv[1:])
 """
 
@@ -1633,10 +1637,15 @@ def test_two_processes_train_as_one(folders, tmp_path):
 
     def start(processes, out, *more, **environment):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-        command = [sys.executable, *(launcher if processes > 1 else []), tmp_path / "worker.py", "train",
+        launcher *= processes > 1 and "FORK" not in environment  # else no launcher
+        command = [sys.executable, *launcher, tmp_path / "worker.py", "train",
                    *options, "--out", tmp_path / out, *more]
         return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+    def free_port():
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            return str(server.getsockname()[1])
 
     def end(process):
         return *process.communicate(timeout=100), process.returncode
@@ -1647,12 +1656,12 @@ def test_two_processes_train_as_one(folders, tmp_path):
     assert status != 0 and error.count("saved by 0") == 1 and "saved by 1" not in error
     assert error.count("stopped after step 2, saved") == 2 and "step 3" not in output
     assert aggan.load_checkpoint(tmp_path / "two")["step"] == 2
-    _, error, status = end(start(2, "two", "--resume", KILL="1"))
+    _, error, status = end(start(2, "two", "--resume", KILL="1", FORK=free_port()))
     assert status != 0 and "AssertionError: killed" in error
     assert aggan.load_checkpoint(tmp_path / "two")["step"] == 3
     with pytest.raises(aggan.BadInput, match="a run of 2 processes, here are 1"):
         aggan.train(aggan.load_checkpoint(tmp_path / "two")["config"], resume=True)
-    output, error, status = end(start(2, "two", "--resume"))
+    output, error, status = end(start(2, "two", "--resume", FORK=free_port()))
     assert status == 0 and output.count("step 5/5") == output.count("done:") == 1, error
     assert error.count("saved by 0") == 1 and "saved by 1" not in error
     state = aggan.load_checkpoint(tmp_path / "two")

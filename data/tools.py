@@ -102,10 +102,10 @@ def translate(run, inputs, to, out, attention=False, device="auto"):
 
 
 def matrix_rate(dtype, device):
-    """FLOP/s (dtype None: float32) of a large product of two square matrices, the best of ten."""
+    """FLOP/s (dtype None: float32) of a large product of two square matrices, the best of five."""
     n, seconds = (8192 if device.type == "cuda" else 2048), []
     a = torch.randn(n, n, device=device).to(dtype or torch.float32)
-    for _ in range(11):
+    for _ in range(6):
         start = clock(device)
         a @ a
         seconds.append(clock(device) - start)
