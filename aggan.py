@@ -806,12 +806,11 @@ def save_samples(path: Path, nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor
 def write_progress(trainer: Trainer, path: Path, per_epoch: int, seconds: float, board=None):
     """A line on the screen, a row of log.csv and, where there is one, on the `board`: means since the last
     one. `seconds`: of a step."""
-    step, config = trainer.step, trainer.config
+    step, config, progress = trainer.step, trainer.config, (trainer.step - 1) / trainer.total
     means = dict(zip(trainer.names, torch.stack(trainer.rows).mean(0).tolist()))
     row = {"step": step, "epoch": (step - 1) // per_epoch + 1,
            "pairs_per_second": config.batch_size * trainer.world / seconds,
-           "rate": learning_rate(config, (step - 1) / trainer.total),
-           "r": curriculum(config, (step - 1) / trainer.total)[0], **means}
+           "rate": learning_rate(config, progress), "r": curriculum(config, progress)[0], **means}
     trainer.log.append({k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in row.items()})
     text = "".join(",".join(map(str, r)) + "\n" for r in (row, *map(dict.values, trainer.log)))
     write_whole(path, lambda file: file.write(text.encode()))

@@ -58,10 +58,10 @@ def run(*arguments, **options):
     return subprocess.run([sys.executable, str(ROOT / "aggan.py"), *map(str, arguments)],
                           capture_output=True, text=True, timeout=100, **options)
 
-def script(name):
-    """data/NAME.py as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "data" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+def script(name, folder=ROOT / "data"):
+    """NAME.py of the folder as a module."""
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look there
     spec.loader.exec_module(module)
     return module
 
@@ -1071,9 +1071,11 @@ def test_tensorboard(folders, monkeypatch):
         assert (aggan.to_tensor(shown.convert("RGB")) - aggan.to_tensor(drawn)).abs().max() < 0.02
     assert sorted(p.name for p in run.iterdir()) == ["checkpoint.pt", "log.csv", "samples", "tensorboard"]
     writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+    def full(_):
+        raise OSError("full")
     wrong = "tensorboard: cannot be written .full"
     with monkeypatch.context() as patch, pytest.raises(aggan.BadInput, match=wrong):
-        patch.setattr(writer, "flush", lambda _: exec("raise OSError('full')"))
+        patch.setattr(writer, "flush", full)
         aggan.train(dataclasses.replace(config, out=str(folders / "full")))
     aggan.main(["train", "--out", str(run), "--resume", "--no-tensorboard"])
     monkeypatch.setenv("RANK", "1")  # of several processes the first one writes
@@ -1637,8 +1639,8 @@ def test_two_processes_train_as_one(folders, tmp_path):
 
     def start(processes, out, *more, **environment):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-        launcher *= processes > 1 and "FORK" not in environment  # else no launcher
-        command = [sys.executable, *launcher, tmp_path / "worker.py", "train",
+        by_itself = processes == 1 or "FORK" in environment
+        command = [sys.executable, *([] if by_itself else launcher), tmp_path / "worker.py", "train",
                    *options, "--out", tmp_path / out, *more]
         return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
@@ -2131,10 +2133,7 @@ def test_exercises_run_and_change_something(folders, diff):
         assert source.count(old) == 1, old
         source = source.replace(old, new)
     (folders / "changed.py").write_text(source)
-    spec = importlib.util.spec_from_file_location("changed", folders / "changed.py")
-    changed = importlib.util.module_from_spec(spec)
-    sys.modules["changed"] = changed  # dataclasses look there
-    spec.loader.exec_module(changed)
+    changed = script("changed", folders)
     judge = aggan.PatchDiscriminator(4, TINY["width"])
     results, x, y = [], *(sample_image(folders / f"test{k}" / "0.png", 32)[None] for k in "AB")
     for module in (aggan, changed):

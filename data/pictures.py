@@ -32,8 +32,7 @@ def grid(run, step):
     shown = aggan.UnpairedImages(*folders, config.size, config.size).samples()
     nets = aggan.Trainer(config, 1, aggan.pick_device("cpu")).nets
     with tempfile.TemporaryDirectory() as folder:
-        aggan.save_samples(Path(folder, "0.png"), nets, *shown)
-        return Image.open(Path(folder, "0.png")).convert("RGB")
+        return aggan.to_image(aggan.save_samples(Path(folder, "0.png"), nets, *shown))
 
 
 def table(rows, above=(), left=()):

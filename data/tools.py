@@ -102,10 +102,10 @@ def translate(run, inputs, to, out, attention=False, device="auto"):
 
 
 def matrix_rate(dtype, device):
-    """FLOP/s (dtype None: float32) of a large product of two square matrices, the best of five."""
+    """FLOP/s (dtype None: float32) of a large product of two square matrices, the best of ten."""
     n, seconds = (8192 if device.type == "cuda" else 2048), []
     a = torch.randn(n, n, device=device).to(dtype or torch.float32)
-    for _ in range(6):
+    for _ in range(11):
         start = clock(device)
         a @ a
         seconds.append(clock(device) - start)
@@ -272,10 +272,9 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", kid=None, device=
         if not masks:
             print(f"{folder}: no masks, so that only the mean attention is measured")
         for path in paths:
-            real, mask = load_image(path, size=config.size), None
+            name, real, mask = path.relative_to(folder), load_image(path, size=config.size), None
             x = to_tensor(real).to(device)
             if masks:
-                name = path.relative_to(folder)
                 if name.with_suffix("") not in truth:
                     raise BadInput(f"{masks}: no mask for {name}")
                 mask = TF.to_tensor(load_image(truth[name.with_suffix("")], "L")).to(device)
@@ -287,7 +286,7 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", kid=None, device=
                 seen[source].append(TF.pil_to_tensor(real))
                 seen[direction].append(TF.pil_to_tensor(fake))
             if save:
-                new = Path(save, direction, path.relative_to(folder)).with_suffix(".png")
+                new = Path(save, direction, name).with_suffix(".png")
                 if new.exists():
                     raise BadInput(f"--save: two images of {folder} would both be {new}")
                 write_whole(new, functools.partial(fake.save, format="PNG"))
