@@ -39,6 +39,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SIZES = [(256, 256), (64, 64), (64, 96)]
 TINY = dict(width=4, blocks=1, masks=3, size=32, resize=36, workers=0, log_every=2, save_every=2,
             device="cpu")
+# of a process whose lines are read: a line is one write, which none from elsewhere, and no kill, can split
+BY_LINES = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
 
 @pytest.fixture(autouse=True)
 def seeded():
@@ -1319,7 +1321,7 @@ def test_thirty_kills_and_two_signals_lose_only_the_steps_since_the_last_checkpo
         folders / "lives.py", scenario, run, *command_line(dict(
             options, a=folders / "trainA", b=folders / "trainB", out=folders / run,
             workers=int(scenario == "signals")))))], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) for run, scenario in runs.items()}
+        text=True, env=BY_LINES) for run, scenario in runs.items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     whole = aggan.train(tiny(folders, **options))
@@ -1643,7 +1645,7 @@ def test_two_processes_train_as_one(folders, tmp_path):
         command = [sys.executable, *([] if by_itself else launcher), tmp_path / "worker.py", "train",
                    *options, "--out", tmp_path / out, *more]
         return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+                                text=True, env={**BY_LINES, **environment})
 
     def free_port():
         with socket.create_server(("127.0.0.1", 0)) as server:
