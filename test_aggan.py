@@ -2125,6 +2125,8 @@ def test_readme_names_exist():
     sections = [re.sub(r"[^\w -]", "", s).lower() for s in re.findall(r"^##+ (.*)$", README, re.M)]
     for anchor in re.findall(r"\]\(#([\w-]+)\)", README):
         assert anchor.replace("-", " ") in sections, anchor
+    for table in re.findall(r"(?:^\|.*\n)+", README, re.M):  # header, rule, rows: a gap would end it
+        assert len(set(row.count("|") for row in table.splitlines())) == 1 < table.count("\n") - 1, table
 
 @pytest.mark.parametrize("diff", re.findall(r"```diff\n(.*?)```", README, re.S))
 def test_exercises_run_and_change_something(folders, diff):
