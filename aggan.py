@@ -10,7 +10,8 @@ same with A and B exchanged (G is `g_ab` and F `g_ba` in the code; the numbers a
     (3) scheme II      a = softmax over n masks, C = tanh(.)          `SchemeTwoGenerator`
     (4) L_GAN          log D_B(y) + log(1 - D_B(G(x)))                `adversarial_loss` on the view `whole`
                        or, by default, least squares: (D_B(y) - 1)^2 + D_B(G(x))^2
-                       (D's is halved; G's is that of G(x) called real)
+                       (D's is halved; G's is that of G(x) called real);
+                       D's alone, not in the papers: + l_copy log(1 - D_B(x)), or l_copy D_B(x)^2
     (5) L_AGAN         log D([m, y]) + log(1 - D([m, G(x)]))          the same, on `paired`; m = 1 - a_n of x
     (6) L_cycle        |F(G(x)) - x|_1, a mean, as (7) and (8)        `cycle_loss`
     (7) L_pixel        |G(x) - x|_1                                   `pixel_loss`
@@ -18,7 +19,10 @@ same with A and B exchanged (G is `g_ab` and F `g_ba` in the code; the numbers a
     (9) L_tv           sum of |m[h+1, w] - m[h, w]| + |m[h, w+1] - m[h, w]|       `total_variation_loss`
    (10) objective      r (l_cycle L_cycle + l_pixel L_pixel + l_identity L_identity)
                        + (1 - r) (l_gan L_GAN + l_paired L_AGAN + l_tv L_tv)       `weigh`
-                       (--r 0: without r, both factors 1)
+                       (--curriculum none: without r, both factors 1)
+   (11) r              ramp(t) min(1, (1 - e / c) / 0.65), e and c running means of L_GAN(G(x)) and
+                       of L_GAN(x), where D_B sees x itself           `AdaptiveCurriculum`
+                       (--curriculum papers: 0.01 for 5 % of the run, then 0.5)        `scheduled_r`
 
   --model  | paper                                            | generator            | attention
   scheme1  | AGGAN, Tang et al. 2019, arXiv 1903.12296        | `SchemeOneGenerator` | one sigmoid mask
@@ -111,24 +115,34 @@ class Encoder(nn.Sequential):
                          conv_block(2 * width, 4 * width, 3, stride=2, norm=norm),
                          *[ResidualBlock(4 * width, norm) for _ in range(blocks)])
 
+def up_block(in_channels: int, out_channels: int, norm: str = "instance", upsample: str = "nearest"):
+    """uk: twice the height and the width, norm, ReLU. (B, in_channels, H, W) -> (B, out_channels, 2H, 2W).
+    nearest: pixels doubled, then a 3x3 convolution (Odena et al. 2016). transposed: the papers' transposed
+    convolution, which leaves a grid in the image; as many parameters."""
+    if upsample == "nearest":
+        convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="reflect")
+        layers = [nn.Upsample(scale_factor=2), convolution]
+    else:
+        layers = [nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)]
+    return nn.Sequential(*layers, NORMS[norm](out_channels), nn.ReLU(inplace=True))
+
 class Decoder(nn.Sequential):
     """u128 u64 c7s1-k, neither norm nor activation at the end: (B, 4*width, H/4, W/4) -> (B, k, H, W)."""
-    def __init__(self, out_channels: int, width: int = 64, norm: str = "instance"):
-        def up(channels):
-            return [nn.ConvTranspose2d(2 * channels, channels, 3, stride=2, padding=1, output_padding=1),
-                    NORMS[norm](channels), nn.ReLU(inplace=True)]
-        super().__init__(*up(2 * width), *up(width),
-                         nn.Conv2d(width, out_channels, 7, padding=3, padding_mode="reflect"))
+    def __init__(self, out_channels: int, width: int = 64, norm: str = "instance", upsample: str = "nearest"):
+        super().__init__(
+            up_block(4 * width, 2 * width, norm, upsample),
+            up_block(2 * width, width, norm, upsample),
+            nn.Conv2d(width, out_channels, 7, padding=3, padding_mode="reflect"))
 
 # ---------------------------------------- 3. generators ----------------------------------------
 # forward of each: (B, 3, H, W) in [-1, 1] -> `Translation`; H and W are multiples of 4, at least 16.
 # .float(): also where autocast makes the convolutions' results bf16 or fp16, masks and fusion are float32.
 class SchemeOneGenerator(nn.Module):
     """Scheme I (Tang 2019; Eq. 2): one decoder gives one attention mask and one content image; n = 2."""
-    def __init__(self, width: int = 64, blocks: int = 9, norm: str = "instance"):
+    def __init__(self, width: int = 64, blocks: int = 9, norm: str = "instance", upsample: str = "nearest"):
         super().__init__()
         self.encoder = Encoder(width, blocks, norm)
-        self.decoder = Decoder(1 + 3, width, norm)
+        self.decoder = Decoder(1 + 3, width, norm, upsample)
     def forward(self, x: Tensor) -> Translation:
         mask, content = self.decoder(self.encoder(x)).float().split([1, 3], dim=1)
         mask = mask.sigmoid()                                           # (B, 1, H, W)
@@ -138,11 +152,12 @@ class SchemeOneGenerator(nn.Module):
 
 class SchemeTwoGenerator(nn.Module):
     """Scheme II (Tang 2021; Eq. 3): a shared encoder; one decoder for n masks, one for n - 1 contents."""
-    def __init__(self, width: int = 64, blocks: int = 9, masks: int = 10, norm: str = "instance"):
+    def __init__(self, width: int = 64, blocks: int = 9, masks: int = 10, norm: str = "instance",
+                 upsample: str = "nearest"):
         super().__init__()
-        self.encoder = Encoder(width, blocks, norm)                     # G_E
-        self.attention_decoder = Decoder(masks, width, norm)            # G_A
-        self.content_decoder = Decoder(3 * (masks - 1), width, norm)    # G_C
+        self.encoder = Encoder(width, blocks, norm)                               # G_E
+        self.attention_decoder = Decoder(masks, width, norm, upsample)            # G_A
+        self.content_decoder = Decoder(3 * (masks - 1), width, norm, upsample)    # G_C
     def forward(self, x: Tensor) -> Translation:
         features = self.encoder(x)                                      # (B, 4*width, H/4, W/4)
         attention = self.attention_decoder(features).float().softmax(dim=1)  # (B, n, H, W)
@@ -152,10 +167,10 @@ class SchemeTwoGenerator(nn.Module):
 
 class CycleGANGenerator(nn.Module):
     """Zhu 2017, the baseline: without attention, which makes the masks constants, 1 and 0; n = 2."""
-    def __init__(self, width: int = 64, blocks: int = 9, norm: str = "instance"):
+    def __init__(self, width: int = 64, blocks: int = 9, norm: str = "instance", upsample: str = "nearest"):
         super().__init__()
         self.encoder = Encoder(width, blocks, norm)
-        self.decoder = Decoder(3, width, norm)
+        self.decoder = Decoder(3, width, norm, upsample)
     def forward(self, x: Tensor) -> Translation:
         content = self.decoder(self.encoder(x)).float().tanh()[:, None]  # (B, 1, 3, H, W)
         mask = torch.ones_like(x[:, :1])                                # (B, 1, H, W)
@@ -175,10 +190,10 @@ class AttentionNetwork(nn.Sequential):
 
 class GatedGenerator(nn.Module):
     """Mejjati 2018: CycleGAN's generator, g, sees the foreground alone: a g(a x) + (1 - a) x; n = 2."""
-    def __init__(self, width: int = 64, blocks: int = 9, norm: str = "instance"):
+    def __init__(self, width: int = 64, blocks: int = 9, norm: str = "instance", upsample: str = "nearest"):
         super().__init__()
         self.attention_network = AttentionNetwork(max(1, width // 2), norm)
-        self.generator = CycleGANGenerator(width, blocks, norm)
+        self.generator = CycleGANGenerator(width, blocks, norm, upsample)
         self.frozen = False  # set by `switch`: the attention network learns no more
     def forward(self, x: Tensor) -> Translation:
         mask = self.attention_network(x)                                # (B, 1, H, W)
@@ -190,9 +205,10 @@ class GatedGenerator(nn.Module):
 class GuidedGenerator(nn.Module):
     """Lin 2021: CycleGAN's generator sees x (1 + a), with a from the discriminator of x's own domain, without
     gradient; n = 2. Not fused: the image is the generator's, (a, 1 - a) only reported."""
-    def __init__(self, discriminator: nn.Module, width: int = 64, blocks: int = 9, norm: str = "instance"):
+    def __init__(self, discriminator: nn.Module, width: int = 64, blocks: int = 9, norm: str = "instance",
+                 upsample: str = "nearest"):
         super().__init__()
-        self.generator = CycleGANGenerator(width, blocks, norm)
+        self.generator = CycleGANGenerator(width, blocks, norm, upsample)
         self.guide = (discriminator,)  # in a tuple, so that its weights are not this network's too
     def forward(self, x: Tensor) -> Translation:
         mask = self.guide[0].attention(x).detach()                      # (B, 1, H, W)
@@ -307,6 +323,7 @@ class Config:
     width: int = 64                # channels of the first layers
     blocks: int = 9                # residual blocks of a generator
     masks: int = 10                # n of scheme II: n - 1 foreground masks and the background
+    upsample: str = "nearest"      # of the decoders: nearest (and a convolution) or transposed (the papers')
     attention_map: str = "pha"     # of guided's discriminators: pha or tam
     norm: str = "instance"         # instance or batch
     head: str = "patch"            # of the discriminators: patch or pooled
@@ -317,8 +334,9 @@ class Config:
     l_pixel: float = 1.0           # weight of L_pixel, Eq. 7
     l_identity: float = 0.0        # weight of L_identity, Eq. 8
     l_tv: float = 1e-6             # weight of L_tv, Eq. 9
-    r: float = 0.5                 # of Eq. 10: 0.01 for 5 % of the run, then this; 0: no r, both factors 1
-    r_ramp: float = 0.0            # fraction of the run over which r rises to its value; 0: the papers' step
+    l_copy: float = 1.0            # weight of the untouched input as one more fake for D, Eq. 4
+    curriculum: str = "adaptive"   # r of Eq. 10: adaptive (Eq. 11), papers (a step), ramp, or none (no r)
+    r: float = 0.5                 # the highest r, which papers and ramp end with and adaptive may reach
     tau: float = 0.0               # from the switch on, L_GAN's discriminators see where mask >= tau; 0: all
     switch: float = 0.3            # fraction of the run before tau, if any; then mejjati's masks are frozen
     size: int = 256                # side of the training crops, a multiple of 4
@@ -340,11 +358,12 @@ class Config:
 
 OBJECTIVES = {  # fields that --objective sets
     "final": {},
-    "released": dict(l_gan=1.0, l_paired=0.0, l_identity=5.0, l_pixel=0.0, l_tv=0.0, r=0.0, lr=2e-4)}
+    "released": dict(l_gan=1.0, l_paired=0.0, l_identity=5.0, l_pixel=0.0, l_tv=0.0, lr=2e-4)}
 PRESETS: dict[str, dict] = {  # fields that --model sets
-    "scheme1": {}, "scheme2": {}, "cyclegan": dict(objective="released"),
+    "scheme1": {}, "scheme2": {},
+    "cyclegan": dict(objective="released", curriculum="none", l_copy=0.0),
     "mejjati": dict(objective="released", l_identity=0.0, lr=1e-4, tau=0.1),
-    "guided": dict(objective="released", l_identity=0.0)}
+    "guided": dict(objective="released", curriculum="none", l_copy=0.0, l_identity=0.0)}
 
 def build(config: Config) -> nn.ModuleDict:
     """The networks: g_ab, g_ba, and the discriminators of weights other than 0 (d_a judges images of A)."""
@@ -360,7 +379,8 @@ def build(config: Config) -> nn.ModuleDict:
         kinds = {"scheme1": SchemeOneGenerator, "cyclegan": CycleGANGenerator, "mejjati": GatedGenerator,
                  "scheme2": functools.partial(SchemeTwoGenerator, masks=config.masks),
                  "guided": functools.partial(GuidedGenerator, discriminators.get("d_" + direction[0]))}
-        generators["g_" + direction] = kinds[config.model](config.width, config.blocks, norm=config.norm)
+        generators["g_" + direction] = kinds[config.model](
+            config.width, config.blocks, norm=config.norm, upsample=config.upsample)
     nets = nn.ModuleDict(generators | discriminators)
     for module in nets.modules():  # N(0, 0.02), a norm's weights N(1, 0.02), as in DCGAN
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
@@ -386,20 +406,48 @@ def judges(nets: nn.ModuleDict, domain: str, view) -> list[tuple]:
     table = ("gan", "d_" + domain, view), ("paired", "paired_" + domain, paired)
     return [(term, nets[name], look) for term, name, look in table if name in nets]
 
-def curriculum(config: Config, progress: float) -> tuple[float, float]:
-    """The factors (r, 1 - r) of Eq. (10) at `progress` in [0, 1]; (1, 1) without a curriculum."""
-    if not config.r:
-        return 1.0, 1.0
-    r = 0.01 if progress < 0.05 else config.r * min(1.0, progress / max(config.r_ramp, 0.05))
-    return r, 1 - r
+def scheduled_r(config: Config, progress: float) -> float:
+    """r of Eq. (10) at `progress` in [0, 1] where the clock alone sets it: 0.01 for the first 5 % of the
+    run, then the highest r (papers: 10 of 200 epochs), or that times `progress` (ramp)."""
+    if progress < 0.05:
+        return 0.01
+    return config.r if config.curriculum == "papers" else max(0.01, config.r * progress)
 
-def weigh(losses: dict[str, Tensor], config: Config, factors: tuple) -> Tensor:
-    """Eq. (10): the generators' total from their terms, a scalar; `factors` as `curriculum` gives them."""
-    keep, change = factors
+class AdaptiveCurriculum(nn.Module):
+    """Eq. (11): r of one direction, a ramp that is held back as far as G copies its input.
+
+        e, c  <-  running means of L_GAN(G(x)) and of L_GAN(x), over about 2 % of the run
+        r      =  ramp (1 - e / c) / (1 - trust), between 0.01 and the ramp
+
+    Where G copies, D says the same of G(x) and x, and e / c is 1; the better G(x) fools D, the smaller it
+    is. Down to `trust` r is the ramp's, so that masks shrink to what has to change. Where they shrink too
+    far, D sees through G(x), and r falls. All of it stays on the device: no step waits for a GPU."""
+    def __init__(self, steps: int, highest: float = 0.5, trust: float = 0.35):
+        super().__init__()
+        self.steps, self.highest, self.trust = steps, highest, trust
+        self.register_buffer("e", torch.tensor(1.0))
+        self.register_buffer("c", torch.tensor(1.0))
+
+    def forward(self, step: int) -> Tensor:
+        """r of the step, the first of which is 0; a scalar."""
+        ramp = max(0.01, self.highest * step / self.steps)
+        fooled = 1 - self.e / self.c.clamp(min=1e-6)
+        return (ramp * fooled / (1 - self.trust)).clamp(0.01, ramp)
+
+    @torch.no_grad()
+    def update(self, step: int, e: Tensor, c: Tensor):
+        """Takes in L_GAN(G(x)) and L_GAN(x) of the step; scalars."""
+        share = 1 / min(step + 1, max(1, 0.02 * self.steps))  # at first the mean of all steps
+        self.e.lerp_(e, share)
+        self.c.lerp_(c, share)
+
+def weigh(losses: dict[str, Tensor], config: Config, r: float | Tensor) -> Tensor:
+    """Eq. (10): the generators' total from their terms, a scalar."""
+    keep, change = (1, 1) if config.curriculum == "none" else (r, 1 - r)
     factors = dict(cycle=keep, pixel=keep, identity=keep, gan=change, paired=change, tv=change)
     return sum(factors[term] * getattr(config, "l_" + term) * loss for term, loss in losses.items())
 
-def generator_objective(g, g_back, judges: list[tuple], x: Tensor, y: Tensor, config: Config, factors: tuple):
+def generator_objective(g, g_back, judges: list[tuple], x: Tensor, y: Tensor, config: Config, r):
     """Eq. (10) of one direction: g translates x and g_back back; y is of the domain that g translates to,
     `judges` are that domain's. x, y (B, 3, H, W) -> the total, its terms, and the Translation of x.
     Terms of weight 0 are not computed. Masks are not detached, so that they learn from every term."""
@@ -416,21 +464,31 @@ def generator_objective(g, g_back, judges: list[tuple], x: Tensor, y: Tensor, co
         losses["identity"] = identity_loss(t.image[len(x):] if merge else g(y).image, y)
     if config.l_tv:
         losses["tv"] = total_variation_loss(fake.foreground)
-    return weigh(losses, config, factors), losses, fake
+    return weigh(losses, config, r), losses, fake
 
-def discriminator_objective(judges: list[tuple], real: tuple, fake: tuple, config: Config):
-    """Eqs. (4) and (5) for the `judges` of one domain, halved -> the total and its terms.
-    real and fake are (image, mask), detached: a fake and the mask that made it, a real image and the mask of
-    its own translation. As in Eq. (5), `paired` sees the fake's mask beside the real image too."""
-    losses = {}
+def discriminator_objective(judges: list[tuple], real: tuple, fake: tuple, copy: tuple, config: Config):
+    """Eqs. (4) and (5) for the `judges` of one domain, halved -> the total, its terms, and what the first
+    of them would say if x itself were G(x): L_GAN(x), 0 where neither l_copy nor the curriculum asks.
+    real, fake and copy are (image, mask), detached: a real image and the mask of its own translation; a
+    fake and the mask that made it; an untouched image of the other domain, x, and its mask. As in Eq. (5),
+    `paired` sees the fake's mask beside the real image too."""
+    merge = config.merge and config.norm == "instance"
+    total, losses, said_of_copy = 0, {}, real[0].new_zeros(())
     for term, discriminator, view in judges:
         mask = fake[1] if view is paired else real[1]  # beside the real image
-        seen = view(real[0], mask), view(*fake)
-        merge = config.merge and config.norm == "instance"
-        on_real, on_fake = discriminator(torch.cat(seen)).chunk(2) if merge else map(discriminator, seen)
+        seen = [view(real[0], mask), view(*fake)]
+        if not losses and (config.l_copy or config.curriculum == "adaptive"):
+            seen.append(view(*copy))
+        verdicts = discriminator(torch.cat(seen)).chunk(len(seen)) if merge else map(discriminator, seen)
+        on_real, on_fake, *on_copy = verdicts
         losses["d_" + term] = (adversarial_loss(on_real, True, config.gan)
                                + adversarial_loss(on_fake, False, config.gan)) / 2
-    return sum(losses.values()), losses
+        total = total + losses["d_" + term]
+        if on_copy:
+            losses["d_copy"] = adversarial_loss(on_copy[0], False, config.gan) / 2
+            total = total + config.l_copy * losses["d_copy"]
+            said_of_copy = adversarial_loss(on_copy[0].detach(), True, config.gan)
+    return total, losses, said_of_copy
 
 class ImagePool:
     """Up to `size` earlier fakes, each with its mask: a discriminator's memory (Shrivastava et al. 2017)."""
@@ -490,9 +548,9 @@ def write_whole(path: Path, save):
             temporary.unlink()
         raise BadInput(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
 
-DATA = Path(__file__).resolve().parent / "data"  # the bundled mini set; below, the fields that it sets
-MINI = dict(size=64, resize=72, width=16, blocks=3, r=0.5, r_ramp=1.0, steps=2000, lr=4e-4, workers=0,
-            log_every=50, save_every=400, compile=False)
+DATA = Path(__file__).resolve().parent / "data"  # the bundled mini set; below, what it and --small set
+MINI = dict(size=64, resize=72, width=16, blocks=3, steps=2000, lr=4e-4, workers=0, log_every=50,
+            save_every=400, compile=False)
 
 def list_images(folder: str | Path) -> list[Path]:
     """The folder's image files, by their suffix or for lack of one, sorted by path, subfolders included; no
@@ -607,19 +665,20 @@ def learning_rate(config: Config, progress: float) -> float:
     """Constant for the first half of the run, then linearly to 0 at progress = 1."""
     return config.lr * min(1.0, 2 - 2 * progress)
 
-FORMAT = 5  # of the checkpoints
+FORMAT = 6  # of the checkpoints
 UNFUSED = "cyclegan", "guided"  # fuse no mask of their own, so that none can collapse
 PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
 CHOICES = dict(model=PRESETS, objective=OBJECTIVES, norm=NORMS, head=("patch", "pooled"),
-               gan=("lsgan", "vanilla"), attention_map=("pha", "tam"), precision=("auto", *PRECISIONS))
+               gan=("lsgan", "vanilla"), attention_map=("pha", "tam"), upsample=("nearest", "transposed"),
+               curriculum=("adaptive", "papers", "ramp", "none"), precision=("auto", *PRECISIONS))
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 def check(config: Config) -> Config:
     """Itself. BadInput names the field whose value is no use."""
-    least = dict(width=1, masks=2, size=32, batch_size=1, epochs=1, log_every=1, save_every=1)  # others: 0
-    most = dict(r=1, r_ramp=1, tau=1, switch=1, width=2048, blocks=1000, masks=1000, size=2**15, resize=2**15)
+    least = dict(width=1, masks=2, size=32, r=0.01, batch_size=1, epochs=1, log_every=1, save_every=1)
+    most = dict(r=0.99, tau=1, switch=1, width=2048, blocks=1000, masks=1000, size=2**15, resize=2**15)
     for name, value in dataclasses.asdict(config).items():
         low, high = least.get(name, 0), most.get(name, 2**32)
         if not isinstance(value, str) and not low <= value <= high:
@@ -661,8 +720,11 @@ class Trainer:
         auto = "fp32" if not cuda else "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
         self.dtype = PRECISIONS[auto if config.precision == "auto" else config.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.parts = {"nets": self.nets, "scaler": self.scaler, **self.optimizers}  # of a checkpoint
-        self.factors = torch.ones(2, device=device).unbind()  # of Eq. (10); a graph would keep numbers
+        self.curricula = nn.ModuleDict({"ab": AdaptiveCurriculum(total, config.r),
+                                        "ba": AdaptiveCurriculum(total, config.r)}).to(device)
+        self.r = {k: torch.zeros((), device=device) for k in ("ab", "ba")}  # a graph would keep numbers
+        self.parts = {"nets": self.nets, "curricula": self.curricula, "scaler": self.scaler,
+                      **self.optimizers}  # of a checkpoint
         self.pools = {"a": ImagePool(config.pool), "b": ImagePool(config.pool)}
         self.rows: list[Tensor] = []  # the figures `names` of each step since the last line of the log
         self.log: list[dict] = []     # those lines
@@ -674,24 +736,30 @@ class Trainer:
         self.scaler.scale(loss).backward(inputs=self.parameters[which])
         return {name: term.detach() for name, term in terms.items()}, *rest
     def generator_gradients(self, real_a: Tensor, real_b: Tensor):
-        """-> the loss terms, sums of both directions, and the fakes of A and B, (image, mask) each."""
-        sums, fakes = collections.Counter(), {}
+        """-> the loss terms, sums of both directions; the fakes of A and B, (image, mask) each; and, of both
+        directions, L_GAN(G(x)), (2,)."""
+        sums, fakes, fooled = collections.Counter(), {}, []
         self.optimizers["g"].zero_grad()
         for source, target, x, y in (("a", "b", real_a, real_b), ("b", "a", real_b, real_a)):
             g, g_back = self.fast["g_" + source + target], self.fast["g_" + target + source]
             terms, fake = self.backward("g", generator_objective, g, g_back, judges(
-                self.fast, target, self.view), x, y, self.config, self.factors)
+                self.fast, target, self.view), x, y, self.config, self.r[source + target])
             sums.update(terms)
             fakes[target] = fake.image.detach(), fake.foreground.detach()
-        return dict(sums), fakes["a"], fakes["b"]
-    def discriminator_gradients(self, *seen: Tensor) -> dict[str, Tensor]:
-        """seen: a real image, its mask, a fake and its mask of A, then of B. -> the loss terms."""
-        sums = collections.Counter()
+            fooled.append(terms["gan" if "gan" in terms else "paired"])
+        return dict(sums), fakes["a"], fakes["b"], torch.stack(fooled)
+    def discriminator_gradients(self, *seen: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """seen: a real image, its mask, a fake and its mask of A, then of B. -> the loss terms, sums of both
+        domains; and, of the directions A -> B and B -> A, L_GAN(x), (2,)."""
+        sums, copies = collections.Counter(), []
         self.optimizers["d"].zero_grad()
-        for domain, real, fake in (("a", seen[:2], seen[2:4]), ("b", seen[4:6], seen[6:])):
-            sums.update(*self.backward("d", discriminator_objective, judges(self.fast, domain, self.view),
-                                       real, fake, self.config))
-        return dict(sums)
+        of_a, of_b = seen[:4], seen[4:]
+        for domain, own, other in (("b", of_b, of_a), ("a", of_a, of_b)):
+            terms, copy = self.backward("d", discriminator_objective, judges(self.fast, domain, self.view),
+                                        own[:2], own[2:], other[:2], self.config)
+            sums.update(terms)
+            copies.append(copy)
+        return dict(sums), torch.stack(copies)
     def launch(self, function, *inputs: Tensor):
         """function(*inputs). On CUDA the fourth call (of a view) is recorded as a graph, which is
         replayed from then on: one launch for thousands. What a replay returns, the next one overwrites."""
@@ -722,18 +790,38 @@ class Trainer:
         for group in self.optimizers[which].param_groups:
             group["lr"] = learning_rate(self.config, self.step / self.total)
         self.scaler.step(self.optimizers[which])
+
+    def set_r(self):
+        """r of this step, for both directions."""
+        for direction, r in self.r.items():
+            if self.config.curriculum == "adaptive":
+                r.copy_(self.curricula[direction](self.step))
+            else:
+                r.fill_(scheduled_r(self.config, self.step / self.total))
+
+    def update_curricula(self, fooled: Tensor, copies: Tensor):
+        """Lets them take in L_GAN(G(x)) and L_GAN(x), each of both directions, (2,), of all processes."""
+        losses = torch.stack([fooled, copies], dim=1)
+        if self.world > 1:
+            dist.all_reduce(losses)
+        for curriculum, (e, c) in zip(self.curricula.values(), losses / self.world):
+            curriculum.update(self.step, e, c)
+
     def train_step(self, real_a: Tensor, real_b: Tensor) -> dict[str, Tensor]:
         """Generators, then discriminators on pooled fakes. Returns the loss terms and the masks' means."""
         real_a, real_b = (x.to(self.device, non_blocking=True) for x in (real_a, real_b))
         self.view = switch(self.nets, self.config, self.step / self.total)
-        for factor, value in zip(self.factors, curriculum(self.config, self.step / self.total)):
-            factor.fill_(value)
-        terms, fake_a, fake_b = self.launch(self.generator_gradients, real_a, real_b)
+        self.set_r()
+        terms, fake_a, fake_b, fooled = self.launch(self.generator_gradients, real_a, real_b)
         self.update("g")
         seen = (real_a, fake_b[1], *self.pools["a"].query(*fake_a),  # a real image with its own mask
                 real_b, fake_a[1], *self.pools["b"].query(*fake_b))
-        terms = {**terms, **self.launch(self.discriminator_gradients, *seen),
-                 "attention_ab": fake_b[1].mean(), "attention_ba": fake_a[1].mean()}
+        d_terms, copies = self.launch(self.discriminator_gradients, *seen)
+        terms = {**terms, **d_terms, "attention_ab": fake_b[1].mean(), "attention_ba": fake_a[1].mean()}
+        if self.config.curriculum != "none":
+            terms |= {"r_ab": self.r["ab"], "r_ba": self.r["ba"]}
+        if self.config.curriculum == "adaptive":
+            self.update_curricula(fooled, copies)
         self.update("d")
         self.scaler.update()
         self.step += 1
@@ -810,7 +898,7 @@ def write_progress(trainer: Trainer, path: Path, per_epoch: int, seconds: float,
     means = dict(zip(trainer.names, torch.stack(trainer.rows).mean(0).tolist()))
     row = {"step": step, "epoch": (step - 1) // per_epoch + 1,
            "pairs_per_second": config.batch_size * trainer.world / seconds,
-           "rate": learning_rate(config, progress), "r": curriculum(config, progress)[0], **means}
+           "rate": learning_rate(config, progress), **means}
     trainer.log.append({k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in row.items()})
     text = "".join(",".join(map(str, r)) + "\n" for r in (row, *map(dict.values, trainer.log)))
     write_whole(path, lambda file: file.write(text.encode()))
@@ -820,13 +908,21 @@ def write_progress(trainer: Trainer, path: Path, per_epoch: int, seconds: float,
         print(f"epoch {row['epoch']}  step {step}/{trainer.total}  {row['pairs_per_second']:.1f} pairs/s  "
               f"{(trainer.total - step) * seconds / 60:.1f} min left  "
               + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items()), flush=True)
-        for direction in ("ab", "ba"):
-            mean = means["attention_" + direction]
-            if (mean < 0.005 or mean > 0.995) and config.model not in UNFUSED:
-                advice = ("copies its input; try --r 0.5 --r-ramp 1, then a lower --r" if mean < 0.5 else
-                          "repaints everything; try a higher --l-pixel")
-                warning = f"warning: g_{direction}'s attention collapsed to {mean:.4f}: it {advice}"
-                print(warning, file=sys.stderr)
+        if config.model not in UNFUSED:
+            warn_of_collapse(trainer.log, config)
+
+def warn_of_collapse(log: list[dict], config: Config):
+    """A line for each direction whose mean mask, in the last row, is nearly empty or nearly full."""
+    *earlier, last = log
+    for name in ("attention_ab", "attention_ba"):
+        if 0.03 <= last[name] <= 0.97:
+            continue
+        usual = sum(row[name] for row in earlier) / max(1, len(earlier))
+        before = f" (so far {usual:.2f} on average)" if earlier else ""
+        found = "copies its input, or nearly" if last[name] < 0.5 else "repaints everything"
+        advice = "r follows it" if config.curriculum == "adaptive" else "try --curriculum adaptive"
+        print(f"warning: {name} is {last[name]:.4f}{before}: g_{name[-2:]} {found}; {advice}",
+              file=sys.stderr)
 
 def tools() -> dict:
     """What one does with a run: `translate`, `evaluate`, `bench` and their like, of data/tools.py."""
@@ -916,8 +1012,6 @@ def configure(given: dict, mini: bool = True) -> Config:
     model = given.get("model", Config.model)
     objective = {**PRESETS[model], **given}.get("objective", Config.objective)
     small = {} if given.get("a") or not mini else {**MINI, "steps": 0} if "epochs" in given else {**MINI}
-    if small and model in UNFUSED:
-        small["r"] = 0.0  # the ramp is for masks that may collapse
     small["out"] = "runs/" + ("mini-" if small else "") + model
     folders = {name: str(Path(given[name]).resolve()) for name in ("a", "b") if given.get(name)}
     return Config(**{**OBJECTIVES[objective], **PRESETS[model], **small, **given, **folders})
@@ -959,6 +1053,8 @@ def main(argv: list[str] | None = None):
                              help=f"{comments[field.name]} [{field.default}]".replace("%", "%%"))
     commands.choices["train"].add_argument("--resume", action="store_true",
                                            help="go on from the run folder's checkpoint, if any")
+    commands.choices["train"].add_argument("--small", action="store_true",
+                                           help=f"the mini set's settings, on your folders: {small}")
     common = Parser(add_help=False)
     common.add_argument("run", help="run folder")
     common.add_argument("--device", default="auto", help="auto or a PyTorch device")
@@ -982,7 +1078,8 @@ def main(argv: list[str] | None = None):
     getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # for odd names
     try:
         if command == "train":
-            run_train(given.pop("resume"), given)
+            small = MINI if given.pop("small") else {}
+            run_train(given.pop("resume"), {**small, **({"steps": 0} if "epochs" in given else {}), **given})
         else:
             tools()["run"](command, given)
     except KeyboardInterrupt:

@@ -88,7 +88,7 @@ def test_import_has_no_side_effects(tmp_path):
 def test_line_counts():
     lines = (ROOT / "aggan.py").read_text(encoding="utf-8").splitlines()
     banners = [i for i, line in enumerate(lines) if line.startswith("# ====")]
-    assert len(banners) == 2 and banners[1] - banners[0] <= 420 and len(lines) <= 1000
+    assert len(banners) == 2 and banners[1] - banners[0] <= 520 and len(lines) <= 1200
 
 def test_docstring_names_exist():
     for name in re.findall(r"`(\w+)`", aggan.__doc__):
@@ -136,11 +136,22 @@ def test_blocks_shapes(norm):
     features = aggan.Encoder(8, 2, norm)(x)
     assert features.shape == (2, 32, 8, 12)
     assert aggan.ResidualBlock(32, norm)(features).shape == features.shape
-    assert aggan.Decoder(7, 8, norm)(features).shape == (2, 7, 32, 48)
+    for upsample in ("nearest", "transposed"):
+        assert aggan.Decoder(7, 8, norm, upsample)(features).shape == (2, 7, 32, 48)
+        assert aggan.up_block(32, 5, norm, upsample)(features).shape == (2, 5, 16, 24)
     assert aggan.conv_block(3, 5, 7, norm=norm)(x).shape == (2, 5, 32, 48)
 
-def test_norms_are_the_papers():
-    modules = list(SchemeTwoGenerator(4, 1).modules())
+def test_nearest_upsampling_leaves_no_grid():
+    """Of a flat input: a convolution after doubled pixels stays flat, a transposed one alternates."""
+    flat = torch.ones(1, 8, 6, 6)
+    blocks = {k: aggan.up_block(8, 4, upsample=k)[:-2] for k in ("nearest", "transposed")}  # no norm, no ReLU
+    spread = {k: block(flat)[..., 2:-2, 2:-2].std((2, 3)) for k, block in blocks.items()}
+    assert spread["nearest"].max() < 1e-6 and spread["transposed"].min() > 0.01
+    assert parameters(blocks["nearest"]) == parameters(blocks["transposed"]) == 8 * 4 * 9 + 4
+
+@pytest.mark.parametrize("upsample", ["nearest", "transposed"])
+def test_norms_are_the_papers(upsample):
+    modules = list(SchemeTwoGenerator(4, 1, upsample=upsample).modules())
     norms = [m for m in modules if isinstance(m, nn.InstanceNorm2d)]
     assert len(norms) == 3 + 2 + 4 and not any(m.affine or m.track_running_stats for m in norms)
     convolutions = [m for m in modules if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
@@ -176,7 +187,7 @@ def test_full_size_networks():
         assert two(x).content.shape == (1, 9, 3, 256, 256)
         assert GatedGenerator()(x).attention.shape == (1, 2, 256, 256)
         assert GuidedGenerator(ResidualAttentionDiscriminator())(x).attention.shape == (1, 2, 256, 256)
-        assert parameters(two) == 11_853_669
+        assert parameters(two) == parameters(SchemeTwoGenerator(upsample="transposed")) == 11_853_669
         assert parameters(CycleGANGenerator()) == 11_378_179
         assert parameters(one) == 11_378_179 + 64 * 49 + 1  # CycleGAN's generator and one more output channel
         # c7 32, c3 64, R64, c3 64, c3 32, c7 1
@@ -353,23 +364,65 @@ def test_objective_by_hand_at_two_values_of_r():
     losses = dict(gan=0.4, paired=0.6, cycle=0.2, pixel=0.3, tv=1000.0)
     losses = {k: torch.tensor(v) for k, v in losses.items()}
     # r = 0.01: 0.01 (10 * 0.2 + 1 * 0.3) + 0.99 (0.5 * 0.4 + 0.5 * 0.6 + 1e-6 * 1000) = 0.023 + 0.49599
-    assert aggan.weigh(losses, FINAL, aggan.curriculum(FINAL, 0.0)).item() == pytest.approx(0.51899)
+    assert aggan.weigh(losses, FINAL, 0.01).item() == pytest.approx(0.51899)
     # r = 0.5: 0.5 (2.3) + 0.5 (0.501)
-    assert aggan.weigh(losses, FINAL, aggan.curriculum(FINAL, 0.05)).item() == pytest.approx(1.4005)
+    assert aggan.weigh(losses, FINAL, 0.5).item() == pytest.approx(1.4005)
     # as released there is no r: 0.4 + 10 * 0.2 + 5 * 0.1
     released = {k: torch.tensor(v) for k, v in dict(gan=0.4, cycle=0.2, identity=0.1).items()}
-    assert aggan.weigh(released, RELEASED, aggan.curriculum(RELEASED, 0.0)).item() == pytest.approx(2.9)
+    config = dataclasses.replace(RELEASED, curriculum="none")
+    assert aggan.weigh(released, config, 0.01).item() == pytest.approx(2.9)
 
-def test_curriculum_and_learning_rate_end_points():
-    assert aggan.curriculum(FINAL, 0.0) == aggan.curriculum(FINAL, 0.0499) == (0.01, 0.99)
-    assert aggan.curriculum(FINAL, 0.05) == aggan.curriculum(FINAL, 1.0) == (0.5, 0.5)
-    assert aggan.curriculum(RELEASED, 0.0) == (1.0, 1.0)
-    ramp = Config(r=0.4, r_ramp=0.5)
-    assert aggan.curriculum(ramp, 0.04) == (0.01, 0.99)
-    assert aggan.curriculum(ramp, 0.25) == (0.2, 0.8)
-    assert aggan.curriculum(ramp, 0.5) == aggan.curriculum(ramp, 1.0) == (0.4, 0.6)
+def test_scheduled_r_and_learning_rate():
+    papers, ramp = (Config(curriculum=name, r=0.4) for name in ("papers", "ramp"))
+    assert [aggan.scheduled_r(papers, p) for p in (0.0, 0.0499, 0.05, 1.0)] == [0.01, 0.01, 0.4, 0.4]
+    assert [aggan.scheduled_r(ramp, p) for p in (0.0, 0.0499, 0.25, 1.0)] == [0.01, 0.01, 0.1, 0.4]
     rates = [aggan.learning_rate(Config(lr=2.0), p) for p in (0.0, 0.5, 0.75, 1.0)]
     assert rates == [2.0, 2.0, 1.0, 0.0]
+
+def by_hand(losses, steps, highest=0.5, trust=0.35):
+    """Eq. (11) with plain numbers: r of each step, and of the one after."""
+    e, c, rs = 1.0, 1.0, [0.01]
+    for step, (new_e, new_c) in enumerate(losses):
+        share = 1 / min(step + 1, max(1, 0.02 * steps))
+        e, c = e + share * (new_e - e), c + share * (new_c - c)
+        ramp = max(0.01, highest * (step + 1) / steps)
+        rs.append(min(max(ramp * (1 - e / c) / (1 - trust), 0.01), ramp))
+    return rs
+
+def r_of(losses, steps, **settings):
+    """The same from the class."""
+    curriculum, rs = aggan.AdaptiveCurriculum(steps, **settings), []
+    for step, (e, c) in enumerate(losses):
+        rs.append(curriculum(step).item())
+        curriculum.update(step, torch.tensor(e), torch.tensor(c))
+    return [*rs, curriculum(len(losses)).item()]
+
+def test_adaptive_curriculum_is_the_loop_by_hand():
+    random.seed(0)
+    for steps, settings in ((300, {}), (40, dict(highest=0.3, trust=0.6))):
+        losses = [(random.uniform(0.2, 1.0), random.uniform(0.8, 1.2)) for _ in range(steps)]
+        rs = r_of(losses, steps, **settings)
+        assert rs == pytest.approx(by_hand(losses, steps, **settings), rel=1e-4)
+        assert max(rs) > 0.1
+
+def test_r_rises_while_translations_fool_the_discriminator():
+    """... as the ramp does; it falls where they do not, and stays within its bounds."""
+    fooled, seen_through = [(0.3, 1.0)] * 500, [(1.0, 1.0)] * 500
+    rs = r_of(fooled + seen_through, 1000)
+    assert rs[500] == pytest.approx(0.25, rel=1e-3) and rs[:500] == sorted(rs[:500])  # the ramp's middle
+    assert rs[510] < rs[500] and rs[560] < 0.1 and rs[-1] == pytest.approx(0.01)
+    assert min(rs) >= 0.01 - 1e-6 and max(r_of(fooled * 2, 1000)) == pytest.approx(0.5)
+    assert r_of(seen_through, 500) == pytest.approx([0.01] * 501)
+    half = [(0.675, 1.0)] * 500  # half-way from 0.35 to a copy
+    assert r_of(half, 500)[-1] == pytest.approx(0.25, rel=1e-3)
+    back = r_of(fooled + seen_through + fooled, 1500)  # and it comes back
+    assert back[1000] == pytest.approx(0.01) and back[-1] == pytest.approx(0.5)
+
+def test_short_and_long_runs_have_the_same_curriculum():
+    def losses(progress):
+        return 0.5 + 0.4 * math.sin(6 * progress), 1.0
+    short, long = (r_of([losses(i / steps) for i in range(steps)], steps) for steps in (500, 5000))
+    assert short[::50] == pytest.approx(long[::500], abs=0.02) and max(short) > 0.1
 
 def on_real(logits, kind):
     return ((logits - 1) ** 2).mean() if kind == "lsgan" else -logits.sigmoid().log().mean()
@@ -391,7 +444,7 @@ def test_generator_objective_from_its_parts(model, kind, norm):
     nets = aggan.build(config)
     for direction in ("ab", "ba"):
         g, f, judges, a, b = generators(nets, direction)
-        total, losses, fake = aggan.generator_objective(g, f, judges, a, b, config, (0.2, 0.8))
+        total, losses, fake = aggan.generator_objective(g, f, judges, a, b, config, 0.2)
         d, paired = nets["d_" + direction[1]], nets["paired_" + direction[1]]
         torch.testing.assert_close(fake.image, g(a).image)
         expected = {
@@ -404,24 +457,27 @@ def test_generator_objective_from_its_parts(model, kind, norm):
         assert losses.keys() == expected.keys()
         for term in expected:
             torch.testing.assert_close(losses[term], expected[term])
-        torch.testing.assert_close(total, aggan.weigh(expected, config, (0.2, 0.8)))
+        torch.testing.assert_close(total, aggan.weigh(expected, config, 0.2))
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize("kind", ["lsgan", "vanilla"])
 def test_discriminator_objective_from_its_parts(kind, norm):
-    config = dataclasses.replace(FINAL, gan=kind, norm=norm)
+    config = dataclasses.replace(FINAL, gan=kind, norm=norm, l_copy=0.3)
     nets = aggan.build(config)
-    real, fake = ((torch.rand(2, 3, 32, 32), torch.rand(2, 1, 32, 32)) for _ in "rf")
+    real, fake, other = ((torch.rand(2, 3, 32, 32), torch.rand(2, 1, 32, 32)) for _ in "rfo")
     judges = aggan.judges(nets, "a", aggan.whole)
-    total, losses = aggan.discriminator_objective(judges, real, fake, config)
+    total, losses, copy = aggan.discriminator_objective(judges, real, fake, other, config)
 
     def expected(net, real, fake):
         return (on_real(net(real), kind) + on_fake(net(fake), kind)) / 2
     gan = expected(nets["d_a"], real[0], fake[0])
     # the fake's mask beside the real image too
     pair = expected(nets["paired_a"], torch.cat([fake[1], real[0]], 1), torch.cat([fake[1], fake[0]], 1))
-    torch.testing.assert_close(losses, {"d_gan": gan, "d_paired": pair})
-    torch.testing.assert_close(total, gan + pair)
+    untouched = on_fake(nets["d_a"](other[0]), kind) / 2
+    torch.testing.assert_close(losses, {"d_gan": gan, "d_copy": untouched, "d_paired": pair})
+    torch.testing.assert_close(total, gan + 0.3 * untouched + pair)
+    torch.testing.assert_close(copy, on_real(nets["d_a"](other[0]), kind))  # of a translation that copies
+    assert not copy.requires_grad
 
 def test_terms_of_weight_zero_are_not_computed():
     config = dataclasses.replace(FINAL, l_paired=0, l_cycle=0, l_pixel=0, l_tv=0)
@@ -430,15 +486,23 @@ def test_terms_of_weight_zero_are_not_computed():
     calls = []
     for name, net in nets.items():
         net.register_forward_hook(lambda *_, name=name: calls.append(name))
-    _, losses, _ = aggan.generator_objective(*generators(nets, "ab"), config, (0.5, 0.5))
+    _, losses, _ = aggan.generator_objective(*generators(nets, "ab"), config, 0.5)
     assert list(losses) == ["gan"] and sorted(calls) == ["d_b", "g_ab"]
+    seen = (torch.rand(2, 3, 32, 32), torch.rand(2, 1, 32, 32))
+    for curriculum, needed in (("papers", False), ("adaptive", True)):  # which compares with the untouched
+        config = dataclasses.replace(config, l_copy=0, curriculum=curriculum, merge=False)
+        calls.clear()
+        total, losses, copy = aggan.discriminator_objective(
+            aggan.judges(nets, "a", aggan.whole), seen, seen, seen, config)
+        torch.testing.assert_close(total, losses["d_gan"])
+        assert calls == ["d_a"] * (2 + needed) and (copy > 0) == needed
 
 def test_masks_learn_from_the_paired_discriminator():
     config = dataclasses.replace(FINAL, l_gan=0, l_cycle=0, l_pixel=0, l_tv=0)
     nets = aggan.build(config)
     with torch.no_grad():  # a discriminator that looks at nothing but the mask
         nets["paired_b"].stem[0].weight[:, 1:] = 0
-    loss, *_ = aggan.generator_objective(*generators(nets, "ab"), config, (0.5, 0.5))
+    loss, *_ = aggan.generator_objective(*generators(nets, "ab"), config, 0.5)
     loss.backward()
     assert nets["g_ab"].attention_decoder[-1].weight.grad.abs().max() > 0
 
@@ -449,7 +513,7 @@ def gradients(trainer, which):
         return trainer.generator_gradients(*BATCH)[0]
     masks = [torch.linspace(0, 1, 32).expand(2, 1, 32, 32).roll(8 * k, -1) for k in range(4)]
     return trainer.discriminator_gradients(BATCH[0], masks[0], BATCH[1], masks[1],
-                                           BATCH[1], masks[2], BATCH[0], masks[3])
+                                           BATCH[1], masks[2], BATCH[0], masks[3])[0]
 
 def test_each_step_leaves_the_others_gradients_alone():
     for first, second in (("g", "d"), ("d", "g")):
@@ -480,7 +544,9 @@ def test_passes_of_a_step(norm, merge, passes, l_paired, l_identity):
     for name, net in trainer.nets.items():
         net.register_forward_hook(lambda *_, name=name: calls.append(name.partition("_")[0]))
     trainer.train_step(*BATCH)
-    expected = ["g"] * (passes if l_identity else 4) + ["d"] * passes + ["paired"] * passes * l_paired
+    copies = ["d"] * 2 * (passes == 6)  # in the same batch, or for itself
+    generators = ["g"] * (passes if l_identity else 4)
+    expected = generators + ["d"] * passes + copies + ["paired"] * passes * l_paired
     assert sorted(calls) == sorted(expected)
 
 def test_train_step_puts_the_parts_together(monkeypatch):
@@ -499,19 +565,21 @@ def test_train_step_puts_the_parts_together(monkeypatch):
     figures = trainer.train_step(*BATCH)
     nets, fakes = trainer.nets, {}
     for (arguments, (_, _, fake)), (source, target) in zip(seen["g"], ("ab", "ba"), strict=True):
-        g, g_back, judges, x, y, config_, factors = arguments
+        g, g_back, judges, x, y, config_, r = arguments
         assert g is nets["g_" + source + target] and g_back is nets["g_" + target + source]
         assert [net for _, net, _ in judges] == [nets["d_" + target], nets["paired_" + target]]
         assert [view for _, _, view in judges] == [aggan.whole, aggan.paired]
         assert x is BATCH["ab".index(source)] and y is BATCH["ab".index(target)] and config_ is config
-        assert tuple(factors) == aggan.curriculum(config, 0.8)
+        assert r is trainer.r[source + target]
         fakes[target] = fake
     pooled_images = []
-    for (arguments, _), domain, other in zip(seen["d"], "ab", "ba", strict=True):
-        judges, (real, own), pooled, config_ = arguments
+    for (arguments, _), domain, other in zip(seen["d"], "ba", "ab", strict=True):
+        judges, (real, own), pooled, untouched, config_ = arguments
         assert [net for _, net, _ in judges] == [nets["d_" + domain], nets["paired_" + domain]]
         assert real is BATCH["ab".index(domain)] and config_ is config
         assert torch.equal(own, fakes[other].foreground) and not own.requires_grad
+        assert untouched[0] is BATCH["ab".index(other)]
+        assert torch.equal(untouched[1], fakes[domain].foreground)
         for image, mask, new, new_mask in zip(*pooled, fakes[domain].image, fakes[domain].foreground):
             is_new = torch.equal(image, new) and torch.equal(mask, new_mask)
             assert is_new or not (image.any() or mask.any())
@@ -520,11 +588,14 @@ def test_train_step_puts_the_parts_together(monkeypatch):
     for optimizer in trainer.optimizers.values():
         group, = optimizer.param_groups
         assert group["lr"] == aggan.learning_rate(FINAL, 0.8) and group["betas"] == (0.5, 0.999)
+    for i, k in enumerate(("ab", "ba")):  # of 10 steps 2 % are less than one: no mean yet
+        torch.testing.assert_close(trainer.curricula[k].e, seen["g"][i][1][1]["gan"].detach())
+        torch.testing.assert_close(trainer.curricula[k].c, seen["d"][i][1][2])
     assert trainer.step == 9 and list(figures) == trainer.names
     torch.testing.assert_close(figures["attention_ab"], fakes["b"].foreground.mean())
     sums = {term: seen["g"][0][1][1][term] + seen["g"][1][1][1][term] for term in seen["g"][0][1][1]}
     sums |= {term: seen["d"][0][1][1][term] + seen["d"][1][1][1][term] for term in seen["d"][0][1][1]}
-    assert len(sums) == 7
+    assert len(sums) == 8
     for term, value in sums.items():
         torch.testing.assert_close(figures[term], value.detach())
 
@@ -551,14 +622,16 @@ def test_mejjati_switches_after_three_tenths():
         assert any(not torch.equal(p, q) for p, q in zip(rest, others))
         assert any(moved) if step < 3 else not any(moved)  # 0.3 of 10 steps
         for domain, other, real in (("a", "b", BATCH[0]), ("b", "a", BATCH[1])):
-            by_generator, on_real, _ = seen["d_" + domain]
+            by_generator, on_real, _, untouched = seen["d_" + domain]
             fake, own = t[domain], t[other].foreground
             if step < 3:
                 assert torch.equal(by_generator, fake.image) and torch.equal(on_real, real)
+                assert torch.equal(untouched, BATCH["ab".index(other)])
             else:
                 assert 0.05 < (own >= 0.1).float().mean() < 0.95
                 assert torch.equal(by_generator, fake.image * (fake.foreground >= 0.1))
                 assert torch.equal(on_real, real * (own >= 0.1))
+                assert torch.equal(untouched, BATCH["ab".index(other)] * (fake.foreground >= 0.1))
             net = trainer.nets["d_" + domain]
             layers = [*net.stem, *net.trunk, *net.head]
             kept = [m for m in layers if step < 3 or not isinstance(m, nn.InstanceNorm2d)]
@@ -578,10 +651,11 @@ def test_after_the_switch_only_the_vanilla_discriminators_lose_their_norms():
 def test_pooled_fakes_bring_their_own_masks_to_the_masked_view():
     nets, seen = aggan.build(MEJJATI), []
     nets["d_a"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    real, fake, own, mask = (torch.rand(2, channels, 32, 32) for channels in (3, 3, 1, 1))
+    real, fake, other, own, mask, its = (torch.rand(2, channels, 32, 32) for channels in (3, 3, 3, 1, 1, 1))
     judges = aggan.judges(nets, "a", aggan.switch(nets, MEJJATI, 0.3))
-    aggan.discriminator_objective(judges, (real, own), (fake, mask), MEJJATI)
-    assert torch.equal(seen[0], real * (own >= 0.1)) and torch.equal(seen[1], fake * (mask >= 0.1))
+    aggan.discriminator_objective(judges, (real, own), (fake, mask), (other, its), MEJJATI)
+    for image, (whole, part) in zip(seen, ((real, own), (fake, mask), (other, its)), strict=True):
+        assert torch.equal(image, whole * (part >= 0.1))
 
 def test_guides_are_the_source_domains_discriminators():
     for attention_map, kind in (("pha", PatchDiscriminator), ("tam", ResidualAttentionDiscriminator)):
@@ -590,7 +664,7 @@ def test_guides_are_the_source_domains_discriminators():
         assert type(nets["d_a"]) is kind
         assert nets["g_ab"].guide[0] is nets["d_a"] and nets["g_ba"].guide[0] is nets["d_b"]
         for direction, x in zip(("ab", "ba"), BATCH):
-            total, losses, fake = aggan.generator_objective(*generators(nets, direction), config, (1, 1))
+            total, losses, fake = aggan.generator_objective(*generators(nets, direction), config, 0.5)
             inner = nets["g_" + direction[::-1]].generator
             # the way back is guided by the other discriminator's map of the fake
             back = inner(fake.image * (1 + nets["d_" + direction[1]].attention(fake.image))).image
@@ -599,15 +673,16 @@ def test_guides_are_the_source_domains_discriminators():
         assert all(p.grad.abs().max() > 0 for p in nets["g_ab"].generator.decoder[-1].parameters())
 
 def test_presets_are_the_papers():
-    common = dict(objective="released", l_gan=1, l_cycle=10, l_paired=0, l_pixel=0, l_tv=0, r=0)
-    expected = {"cyclegan": dict(l_identity=5, tau=0, lr=2e-4), "guided": dict(l_identity=0, tau=0, lr=2e-4),
-                "mejjati": dict(l_identity=0, tau=0.1, switch=0.3, lr=1e-4)}
+    common = dict(objective="released", l_gan=1, l_cycle=10, l_paired=0, l_pixel=0, l_tv=0)
+    plain = dict(curriculum="none", l_copy=0, tau=0, lr=2e-4)
+    expected = {"cyclegan": dict(plain, l_identity=5), "guided": dict(plain, l_identity=0),
+                "mejjati": dict(l_identity=0, tau=0.1, switch=0.3, lr=1e-4, curriculum="adaptive", l_copy=1)}
     assert {"scheme1", "scheme2", *expected} == set(aggan.PRESETS)
     for model, fields in expected.items():
         config = aggan.configure(dict(model=model, a="a", b="b"))
         assert {**common, **fields}.items() <= dataclasses.asdict(config).items()
     final = aggan.configure(dict(model="mejjati", objective="final", a="a", b="b"))  # what is asked for wins
-    assert (final.l_paired, final.l_pixel, final.r, final.tau) == (0.5, 1, 0.5, 0.1)
+    assert (final.l_paired, final.l_pixel, final.curriculum, final.tau) == (0.5, 1, "adaptive", 0.1)
 
 @pytest.mark.parametrize("model", ["scheme1", "scheme2", "mejjati", "guided"])
 def test_every_term_works_with_every_mask(model):
@@ -970,10 +1045,11 @@ def same(state, other):
     return state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in state)
 
 @pytest.mark.parametrize("changes", [
-    dict(r_ramp=1.0), dict(model="scheme1", objective="released"), dict(head="pooled", norm="batch"),
-    dict(gan="vanilla", batch_size=2, pool=0)])
+    dict(curriculum="ramp"), dict(model="scheme1", objective="released"), dict(head="pooled", norm="batch"),
+    dict(gan="vanilla", batch_size=2, pool=0, upsample="transposed")])
 def test_train_leaves_a_run_folder(folders, capsys, changes):
     run = aggan.train(tiny(folders, steps=3, size=64, resize=64, **changes))
+    said = capsys.readouterr().out.splitlines()
     assert sorted(p.name for p in run.iterdir()) == ["checkpoint.pt", "log.csv", "samples"]
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["0000002.png", "0000003.png"]
     assert Image.open(run / "samples" / "0000003.png").size == (8 * 66 + 2, 3 * 66 + 2)
@@ -986,13 +1062,15 @@ def test_train_leaves_a_run_folder(folders, capsys, changes):
     assert [row[0] for row in rows] == ["step", "2", "3"]
     rates = [float(row[rows[0].index("rate")]) for row in rows[1:]]  # of steps 2 and 3, that is after 1 and 2
     assert rates == pytest.approx([aggan.learning_rate(config, step / 3) for step in (1, 2)], rel=1e-4)
-    rs = [float(row[rows[0].index("r")]) for row in rows[1:]]
-    assert rs == pytest.approx([aggan.curriculum(config, step / 3)[0] for step in (1, 2)], rel=1e-4)
+    for name in ("r_ab", "r_ba"):
+        rs = [float(row[rows[0].index(name)]) for row in rows[1:]]
+        if config.curriculum == "ramp":  # means of steps 1 and 2, and of step 3
+            assert rs == pytest.approx([(0.01 + 0.5 / 3) / 2, 0.5 * 2 / 3], rel=1e-4)
+        assert all(0.01 - 1e-6 <= r <= 0.5 for r in rs) and f"{name} {rs[1]:.3f}" in said[1]
     assert all(math.isfinite(float(value)) for row in rows[1:] for value in row)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and "step 3/3" in lines[1]
+    assert len(said) == 2 and "step 3/3" in said[1]
     for figure in ("pairs/s", "left", "gan ", "cycle ", "attention_ab ", "attention_ba "):
-        assert figure in lines[1]
+        assert figure in said[1]
 
 def test_pictures(folders, monkeypatch):
     pictures = script("pictures")
@@ -1126,6 +1204,8 @@ def test_resume_equals_the_uninterrupted_run(folders, monkeypatch, model, norm, 
     assert done == [0, 1, 2, 3, 4]
     first, second = (aggan.load_checkpoint(run) for run in (whole, resumed))
     assert same(first["parts"]["nets"], second["parts"]["nets"])
+    assert same(first["parts"]["curricula"], second["parts"]["curricula"])
+    assert (first["parts"]["curricula"]["ab.c"] != 1) == (model != "guided")
     for k in "gd":
         states = [state["parts"][k]["state"] for state in (first, second)]
         assert states[0] and all(same(*pair) for pair in zip(*(s.values() for s in states), strict=True))
@@ -1139,16 +1219,25 @@ def test_resume_equals_the_uninterrupted_run(folders, monkeypatch, model, norm, 
     assert [row[0] for row in columns(whole)] == ["step", "2", "4", "6", "8", "9"]
 
 def test_collapse_is_reported(tmp_path, capsys):
-    for model, value, word in (("scheme2", 0.001, "copies its"), ("scheme1", 0.999, "repaints"),
-                               ("mejjati", 1.0, "repaints"), ("scheme2", 0.3, None), ("cyclegan", 1.0, None),
-                               ("guided", 0.001, None)):
-        trainer = aggan.Trainer(dataclasses.replace(FINAL, model=model), 10, torch.device("cpu"))
-        trainer.step = FINAL.log_every
-        trainer.names, trainer.rows = ["attention_ab", "attention_ba"], [torch.full((2,), value)] * 3
-        aggan.write_progress(trainer, tmp_path / "log.csv", 5, 0.1)
+    for model, value, curriculum, words in (
+            ("scheme2", 0.001, "adaptive", "g_ab copies its input, or nearly; r follows it"),
+            ("scheme2", 0.025, "papers", "g_ab copies its input, or nearly; try --curriculum adaptive"),
+            ("scheme1", 0.999, "ramp", "g_ab repaints everything; try --curriculum adaptive"),
+            ("mejjati", 0.98, "adaptive", "g_ab repaints everything; r follows it"),
+            ("scheme2", 0.3, "adaptive", None),
+            ("cyclegan", 1.0, "none", None), ("guided", 0.001, "none", None)):
+        config = dataclasses.replace(FINAL, model=model, curriculum=curriculum)
+        trainer = aggan.Trainer(config, 10, torch.device("cpu"))
+        trainer.names = ["attention_ab", "attention_ba"]
+        for step, mean in ((1, 0.2), (2, 0.4), (3, value)):
+            trainer.step, trainer.rows = step, [torch.full((2,), mean)] * 3
+            aggan.write_progress(trainer, tmp_path / "log.csv", 5, 0.1)
         warnings = capsys.readouterr().err.splitlines()
-        assert len(warnings) == (2 if word else 0)
-        assert not word or f"g_ab's attention collapsed to {value:.4f}: it {word}" in warnings[0]
+        assert len(warnings) == (2 if words else 0)
+        if words:
+            assert warnings[0].startswith(
+                f"warning: attention_ab is {value:.4f} (so far 0.30 on average): {words}")
+            assert warnings[1].startswith(f"warning: attention_ba is {value:.4f} (so far 0.30")
 
 class Evil:
     """Creates a file when it is unpickled."""
@@ -1570,7 +1659,7 @@ class Recording:
             return outputs
         return functools.wraps(method)(function)
 
-@pytest.mark.parametrize("config", [dataclasses.replace(FINAL, pool=3, r_ramp=1.0),
+@pytest.mark.parametrize("config", [dataclasses.replace(FINAL, pool=3),
                                     dataclasses.replace(MEJJATI, pool=3)])
 def test_a_graph_steps_as_without(monkeypatch, config):
     """The code around a recording: inputs, outputs, pools, gradients, the switch. Not CUDA's graphs."""
@@ -1775,14 +1864,56 @@ def test_attention_finds_the_object(tmp_path):
                 if split == "test":
                     (tmp_path / f"masks{domain}").mkdir(exist_ok=True)
                     aggan.TF.to_pil_image(disc.float()).save(tmp_path / f"masks{domain}" / f"{i}.png")
-    options = dict(size=32, resize=32, width=8, blocks=1, masks=4, lr=2e-3, log_every=50, r=0.5, r_ramp=0.5,
-                   save_every=1000, objective="released")
+    options = dict(size=32, resize=32, width=8, blocks=1, masks=4, lr=2e-3, log_every=50, save_every=1000,
+                   objective="released")
     results = []
     for steps in (1, 150):
         run = aggan.train(tiny(tmp_path, steps=steps, out=str(tmp_path / f"run{steps}"), **options))
         results.append(aggan.evaluate(run, device="cpu"))
     for direction in ("a2b", "b2a"):
         assert results[0][direction]["iou"] < 0.3 and results[1][direction]["iou"] > 0.6
+
+def draw_scenes(folder, size=32):
+    """Tiny scenes like photographs, and masks of the test ones: a large object on a background with texture
+    at three scales, in colours that this has too; A's plain and shaded, B's striped, of little contrast."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+
+    def noise(scale, channels=3):
+        pixels = torch.rand(1, channels, scale, scale, generator=generator) * 2 - 1
+        return nn.functional.interpolate(pixels, size=(size, size), mode="bicubic")[0]
+    for domain in "AB":
+        for part in ("train", "test", "masks"):
+            (folder / f"{part}{domain}").mkdir()
+        for i in range(70):
+            hue, at, extent = torch.rand(3, 3, generator=generator)
+            phase = torch.rand((), generator=generator)
+            scene = hue[:, None, None] - 0.5 + 0.35 * noise(4) + 0.25 * noise(8) + 0.15 * noise(size)
+            y, x, tall, wide = *(size * (0.375 + 0.25 * at[:2])), *(size * (0.28 + 0.1 * extent[:2]))
+            inside = ((rows - y) / tall) ** 2 + ((columns - x) / wide) ** 2 < 1
+            stripes = 0.5 * torch.sign(torch.sin(1.6 * columns + 6 * phase)).expand(3, size, size)
+            plain = torch.tensor([0.2, -0.1, -0.35])[:, None, None]
+            coat = (plain if domain == "A" else stripes) + 0.15 * noise(5, 1)
+            part = "train" if i < 60 else "test"
+            pixels = torch.where(inside, coat, scene).clamp(-1, 1)
+            aggan.to_image(pixels / 2 + 0.5).save(folder / f"{part}{domain}" / f"{i}.png")
+            if part == "test":
+                aggan.to_image(inside[None].float()).save(folder / f"masks{domain}" / f"{i}.png")
+
+def test_scenes_like_photographs_are_not_copied(tmp_path):
+    """The papers' curriculum ends with copies, the default finds the objects (a third of the image)."""
+    draw_scenes(tmp_path)
+    options = dict(size=32, resize=36, width=8, blocks=1, masks=4, lr=1e-3, log_every=1000, save_every=1000)
+    results = []
+    for steps, curriculum in ((100, "papers"), (250, "adaptive")):
+        options |= dict(steps=steps, curriculum=curriculum, out=str(tmp_path / curriculum))
+        run = aggan.train(tiny(tmp_path, **options))
+        results.append(aggan.evaluate(run, device="cpu"))
+    for direction, iou in (("a2b", 0.35), ("b2a", 0.55)):
+        copied, found = (result[direction] for result in results)
+        assert copied["mean_attention"] < 0.02 and copied["foreground_change"] < 0.01
+        assert 0.1 < found["mean_attention"] < 0.7 and found["foreground_change"] > 0.1
+        assert found["iou"] > iou
 
 # ---------------------------------------- 9. translate, evaluate ----------------------------------------
 
@@ -2119,7 +2250,7 @@ def test_readme_names_exist():
         assert f'"{name}"' in code, name
     for name in re.findall(r"\baggan\.(\w+)\b(?<!\.py)", README):
         assert hasattr(aggan, name), name
-    assert (len(PIECES), README.count("```diff"), README.count("<details>")) == (10, 7, 10)
+    assert (len(PIECES), README.count("```diff"), README.count("<details>")) == (11, 6, 10)
     for path in re.findall(r"\]\(([\w/.-]+)\)", README) + re.findall(r"python (data/\w+\.py)", README):
         assert (ROOT / path).exists(), path
     sections = [re.sub(r"[^\w -]", "", s).lower() for s in re.findall(r"^##+ (.*)$", README, re.M)]
@@ -2172,7 +2303,8 @@ PIECES = re.findall(r"^\| (`.*) \| (.*)\|$", README.split("## Copy these pieces"
 def test_pieces_run_alone(folders, pieces, needed):
     names, copied = (set(re.findall(r"`(\w+)`", cell)) for cell in (pieces, pieces + needed))
     if "sections 1 and 2" in needed:
-        copied |= {"Translation", "fuse", "NORMS", "conv_block", "ResidualBlock", "Encoder", "Decoder"}
+        copied |= {"Translation", "fuse", "NORMS", "conv_block", "ResidualBlock", "Encoder", "up_block",
+                   "Decoder"}
     source, x = (ROOT / "aggan.py").read_text(encoding="utf-8"), torch.rand(2, 3, 32, 32) * 2 - 1
     parts = [part for part in ast.parse(source).body if isinstance(part, (ast.Import, ast.ImportFrom))
              or getattr(part, "name", None) in copied
@@ -2195,6 +2327,8 @@ def test_pieces_run_alone(folders, pieces, needed):
             assert piece(mask, True).shape == ()
         elif name.endswith("loss"):
             assert piece(*(mask, mask)[:1 + (name != "total_variation_loss")]).shape == ()
+        elif name == "AdaptiveCurriculum":
+            assert piece(100)(0) == pytest.approx(0.01)
         elif name == "ImagePool":
             assert piece().query(x, mask)[0].shape == x.shape
         else:
@@ -2207,13 +2341,14 @@ def test_configure_layers():
     config = aggan.configure({})
     assert not config.a and config.size == 64 and config.out == "runs/mini-scheme2"
     assert aggan.configure({"epochs": 2}).steps == 0 and config.steps > 0
-    ramps = {model: aggan.configure({"model": model}).r for model in aggan.PRESETS}
-    assert ramps == dict(scheme1=0.5, scheme2=0.5, mejjati=0.5, cyclegan=0, guided=0)
+    curricula = {model: aggan.configure({"model": model}).curriculum for model in aggan.PRESETS}
+    assert curricula == dict(scheme1="adaptive", scheme2="adaptive", mejjati="adaptive", cyclegan="none",
+                             guided="none")
     own = aggan.configure(dict(a="x", b="y", model="scheme1", l_tv=3.0))
-    assert (own.size, own.out, own.l_tv, own.r_ramp) == (256, "runs/scheme1", 3.0, 0.0)
-    final = dict(l_gan=0.5, l_paired=0.5, l_cycle=10, l_pixel=1, l_identity=0, l_tv=1e-6, r=0.5, r_ramp=0,
-                 lr=1e-4)
-    released = dict(l_gan=1, l_paired=0, l_cycle=10, l_pixel=0, l_identity=5, l_tv=0, r=0, r_ramp=0, lr=2e-4)
+    assert (own.size, own.out, own.l_tv) == (256, "runs/scheme1", 3.0)
+    common = dict(l_cycle=10, l_copy=1, curriculum="adaptive", r=0.5)
+    final = dict(common, l_gan=0.5, l_paired=0.5, l_pixel=1, l_identity=0, l_tv=1e-6, lr=1e-4)
+    released = dict(common, l_gan=1, l_paired=0, l_pixel=0, l_identity=5, l_tv=0, lr=2e-4)
     for name, weights in (("final", final), ("released", released)):
         config = dataclasses.asdict(aggan.configure(dict(a="x", b="y", objective=name)))
         assert weights.items() <= config.items()
@@ -2268,6 +2403,28 @@ def test_command_line_end_to_end(folders, capsys):
     for figures in results.values():
         assert list(figures) == ["iou", "background_error", "foreground_change", "mean_attention"]
 
+def test_small_settings_on_own_folders(folders, capsys):
+    a, b, out = (str(folders / name) for name in ("trainA", "trainB", "small"))
+    given = ["train", "--a", a, "--b", b, "--out", out, "--small", "--width", "4", "--device", "cpu"]
+    aggan.main([*given, "--steps", "1"])
+    assert "step 1/1" in capsys.readouterr().out
+    config = aggan.load_checkpoint(out)["config"]
+    expected = dict(aggan.MINI, a=a, b=b, width=4, steps=1)  # what is given beside it wins
+    assert expected.items() <= dataclasses.asdict(config).items()
+    aggan.main([*given, "--steps", "1", "--resume"])
+    tiny_one = map(str, command_line(dict(TINY, steps=1)))
+    aggan.main([*given[:5], "--out", f"{out}-2", *tiny_one])
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        aggan.main([*given[:5], "--out", f"{out}-2", "--resume", "--small"])  # that one is not
+    assert "--size 64 (there 32)" in capsys.readouterr().err
+    for more, steps in ((["--epochs", "3"], 0), ([], 2000)):
+        with pytest.MonkeyPatch.context() as patch:
+            configs = []
+            patch.setattr(aggan, "train", lambda config, *_: configs.append(config))  # noqa: B023
+            aggan.main(["train", "--a", a, "--b", b, "--small", *more])
+        assert (configs[0].steps, configs[0].out) == (steps, "runs/scheme2")
+
 def test_an_error_in_a_loading_process_gets_one_line(folders):
     for path in (folders / "trainA").iterdir():
         path.write_text("not a picture")
@@ -2303,7 +2460,8 @@ def test_bundled_set_trains_without_folders(tmp_path, monkeypatch, capsys):
     (["train", "--lr", "nan"], "--lr nan: must be between 0"),
     (["train", "--seed", "-1"], "--seed -1: must be between 0"),
     (["train", "--l-gan", "0", "--l-paired", "0"], "leaves no discriminator"),
-    (["train", "--r", "2"], "--r 2.0: must be between 0 and 1"),
+    (["train", "--r", "2"], "--r 2.0: must be between 0.01 and 0.99"),
+    (["train", "--curriculum", "steep"], "--curriculum: invalid choice: 'steep' (choose from"),
     (["train", "--resize", "32"], "--resize 32: must be at least --size 64"),
     (["train", "--out", "broken/x.png"], "--out broken/x.png: is a file"),
     (["train", "--device", "meta"], "--device meta"),
