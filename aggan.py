@@ -549,8 +549,8 @@ def write_whole(path: Path, save):
         raise BadInput(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
 
 DATA = Path(__file__).resolve().parent / "data"  # the bundled mini set; below, what it and --small set
-MINI = dict(size=64, resize=72, width=16, blocks=3, steps=2000, lr=4e-4, workers=0, log_every=50,
-            save_every=400, compile=False)
+MINI = dict(size=64, resize=72, width=16, blocks=3, l_tv=1e-4, steps=2000, lr=4e-4, workers=0,
+            log_every=50, save_every=400, compile=False)  # l_tv: of 64 pixels, not 256, the sum is small
 
 def list_images(folder: str | Path) -> list[Path]:
     """The folder's image files, by their suffix or for lack of one, sorted by path, subfolders included; no
@@ -665,6 +665,7 @@ def learning_rate(config: Config, progress: float) -> float:
     """Constant for the first half of the run, then linearly to 0 at progress = 1."""
     return config.lr * min(1.0, 2 - 2 * progress)
 
+FREE = {"out", "device", "workers", "compile", "tensorboard"}  # may differ where a run goes on
 FORMAT = 6  # of the checkpoints
 UNFUSED = "cyclegan", "guided"  # fuse no mask of their own, so that none can collapse
 PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
@@ -1007,27 +1008,34 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")  # one line; argparse would print the usage too
 
-def configure(given: dict, mini: bool = True) -> Config:
-    """Options given -> the configuration, without folders the mini set's if `mini`; not `check`ed."""
-    model = given.get("model", Config.model)
+def configure(given: dict, small: bool | None = None) -> Config:
+    """Options given -> the configuration, not `check`ed. small: whether MINI's settings are the defaults;
+    None: where no folders are given, that is on the mini set."""
+    model, own = given.get("model", Config.model), bool(given.get("a"))
     objective = {**PRESETS[model], **given}.get("objective", Config.objective)
-    small = {} if given.get("a") or not mini else {**MINI, "steps": 0} if "epochs" in given else {**MINI}
-    small["out"] = "runs/" + ("mini-" if small else "") + model
+    preset = {**OBJECTIVES[objective], **PRESETS[model]}
+    mini = {**MINI} if small or small is None and not own else {}
+    if "epochs" in given:
+        mini["steps"] = 0
+    if "l_tv" in preset:  # 0: objectives without masks, or without L_tv
+        mini.pop("l_tv", None)
+    out = "runs/" + ("mini-" if mini and not own else "") + model
     folders = {name: str(Path(given[name]).resolve()) for name in ("a", "b") if given.get(name)}
-    return Config(**{**OBJECTIVES[objective], **PRESETS[model], **small, **given, **folders})
+    return Config(**{"out": out, **preset, **mini, **given, **folders})
 
-def run_train(resume: bool, given: dict):
-    config = configure(given)
+def run_train(resume: bool, given: dict, small: bool | None = None):
+    config = configure(given, small)
     checkpoint = Path(config.out, "checkpoint.pt")
     if resume:
         print(f"resuming {checkpoint}" if checkpoint.exists() else f"no {checkpoint} yet: starting anew")
     if resume and checkpoint.exists():
         saved = load_checkpoint(checkpoint)["config"]
-        free = {k: given[k] for k in ("out", "device", "workers", "compile", "tensorboard") if k in given}
-        wrong = [f"{flag(name)} {given[name]} (there {getattr(saved, name)})" for name in given
-                 if name not in free and getattr(config, name) != getattr(saved, name)]
+        asked = {**(MINI if small else {}), **given}
+        wrong = [f"{flag(name)} {getattr(config, name)} (there {getattr(saved, name)})" for name in asked
+                 if name not in FREE and getattr(config, name) != getattr(saved, name)]
         if wrong:
             raise BadInput(f"{', '.join(wrong)}: another run than {checkpoint}'s")
+        free = {name: given[name] for name in given if name in FREE}
         config = dataclasses.replace(saved, **{"out": config.out, **free})
     if not config.a:
         print(f"no --a, no --b: the bundled mini set, {config.size} px, width {config.width}, mini settings")
@@ -1078,8 +1086,7 @@ def main(argv: list[str] | None = None):
     getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # for odd names
     try:
         if command == "train":
-            small = MINI if given.pop("small") else {}
-            run_train(given.pop("resume"), {**small, **({"steps": 0} if "epochs" in given else {}), **given})
+            run_train(given.pop("resume"), small=given.pop("small") or None, given=given)
         else:
             tools()["run"](command, given)
     except KeyboardInterrupt:

@@ -1844,7 +1844,7 @@ def test_graphed_steps_in_reduced_precision(cuda, precision):
 
 @needs_cuda
 def test_bench_on_cuda(cuda):
-    results = aggan.bench(aggan.configure(dict(TINY, device="cuda"), mini=False), rounds=2)
+    results = aggan.bench(aggan.configure(dict(TINY, device="cuda"), small=False), rounds=2)
     assert len(results) == 6 and all(row["peak_gib"] > 0 for row in results.values())
 
 def test_attention_finds_the_object(tmp_path):
@@ -2213,7 +2213,7 @@ def test_bench(tmp_path, capsys):
                 *map(str, command_line({k: v for k, v in TINY.items() if k != "masks"}))])
     results, output = json.loads((tmp_path / "b.json").read_text()), capsys.readouterr().out
     assert list(results) == ["plain fp32", "one batch", "precision", "(channels_last)"]
-    trainer = aggan.Trainer(aggan.configure(dict(TINY, batch_size=2, masks=10, merge=False), mini=False), 1,
+    trainer = aggan.Trainer(aggan.configure(dict(TINY, batch_size=2, masks=10, merge=False), small=False), 1,
                             torch.device("cpu"))
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         trainer.train_step(*BATCH)
@@ -2226,8 +2226,8 @@ def test_bench(tmp_path, capsys):
 def test_readme_commands_are_understood(monkeypatch):
     called = []
     commands = re.findall(r"^    (?:\S*python|torchrun --nproc-per-node \d) aggan\.py (.*)$", README, re.M)
-    def run_train(resume, given):
-        aggan.check(aggan.configure(given))
+    def run_train(resume, given, small):
+        aggan.check(aggan.configure(given, small))
         called.append("run_train")
     monkeypatch.setattr(aggan, "run_train", run_train)
     monkeypatch.setattr(aggan, "tools", lambda: {"run": lambda command, given: called.append(command)})
@@ -2349,6 +2349,9 @@ def test_configure_layers():
     common = dict(l_cycle=10, l_copy=1, curriculum="adaptive", r=0.5)
     final = dict(common, l_gan=0.5, l_paired=0.5, l_pixel=1, l_identity=0, l_tv=1e-6, lr=1e-4)
     released = dict(common, l_gan=1, l_paired=0, l_pixel=0, l_identity=5, l_tv=0, lr=2e-4)
+    for given in (dict(objective="released"), dict(model="cyclegan"), dict(model="mejjati")):
+        assert aggan.configure(given).l_tv == aggan.configure(given, small=True).l_tv == 0
+        assert aggan.configure(dict(given, l_tv=3.0)).l_tv == 3
     for name, weights in (("final", final), ("released", released)):
         config = dataclasses.asdict(aggan.configure(dict(a="x", b="y", objective=name)))
         assert weights.items() <= config.items()
@@ -2409,7 +2412,7 @@ def test_small_settings_on_own_folders(folders, capsys):
     aggan.main([*given, "--steps", "1"])
     assert "step 1/1" in capsys.readouterr().out
     config = aggan.load_checkpoint(out)["config"]
-    expected = dict(aggan.MINI, a=a, b=b, width=4, steps=1)  # what is given beside it wins
+    expected = dict(aggan.MINI, a=a, b=b, width=4, steps=1, l_paired=0.5)  # what is given beside it wins
     assert expected.items() <= dataclasses.asdict(config).items()
     aggan.main([*given, "--steps", "1", "--resume"])
     tiny_one = map(str, command_line(dict(TINY, steps=1)))

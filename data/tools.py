@@ -311,7 +311,7 @@ def run(command, given):
     file = given.pop("json")
     if file and Path(file).exists() and not (Path(file).is_file() and Path(file).suffix == ".json"):
         raise BadInput(f"--json {file}: exists, and is no .json file")
-    results = bench(check(configure(given, mini=False))) if command == "bench" else evaluate(**given)
+    results = bench(check(configure(given, small=False))) if command == "bench" else evaluate(**given)
     print_table(results)
     if file:
         write_whole(Path(file), lambda out: out.write((json.dumps(results, indent=2) + "\n").encode()))
