@@ -314,9 +314,9 @@ def total_variation_loss(mask: Tensor) -> Tensor:
 @dataclasses.dataclass
 class Config:
     """One run. Each field is an option of `train` and `bench`, its comment the help text. In order of
-    precedence: command line, MINI (mini set; see `configure`), PRESETS (by model), OBJECTIVES, these."""
+    precedence: command line, MINI (mini set, --small), PRESETS (by model), OBJECTIVES, these."""
     model: str = "scheme2"         # scheme1, scheme2, cyclegan, mejjati or guided
-    objective: str = "final"       # weights, r, rate: final (the papers; scheme1, scheme2) or released (code)
+    objective: str = "final"       # weights, rate: final (the papers; scheme1, scheme2) or released (code)
     a: str = ""                    # folder of domain A; without --a and --b: the bundled mini set
     b: str = ""                    # folder of domain B
     out: str = ""                  # run folder; default runs/MODEL, on the mini set runs/mini-MODEL
@@ -334,9 +334,9 @@ class Config:
     l_pixel: float = 1.0           # weight of L_pixel, Eq. 7
     l_identity: float = 0.0        # weight of L_identity, Eq. 8
     l_tv: float = 1e-6             # weight of L_tv, Eq. 9
-    l_copy: float = 1.0            # weight of the untouched input as one more fake for D, Eq. 4
-    curriculum: str = "adaptive"   # r of Eq. 10: adaptive (Eq. 11), papers (a step), ramp, or none (no r)
-    r: float = 0.5                 # the highest r, which papers and ramp end with and adaptive may reach
+    l_copy: float = 1.0            # weight of the untouched input among D's fakes, Eq. 4
+    curriculum: str = "adaptive"   # of r, Eq. 10: adaptive (Eq. 11), papers (a step), ramp, or none (no r)
+    r: float = 0.5                 # its highest value: papers and ramp end with it, adaptive may reach it
     tau: float = 0.0               # from the switch on, L_GAN's discriminators see where mask >= tau; 0: all
     switch: float = 0.3            # fraction of the run before tau, if any; then mejjati's masks are frozen
     size: int = 256                # side of the training crops, a multiple of 4
@@ -362,7 +362,7 @@ OBJECTIVES = {  # fields that --objective sets
 PRESETS: dict[str, dict] = {  # fields that --model sets
     "scheme1": {}, "scheme2": {},
     "cyclegan": dict(objective="released", curriculum="none", l_copy=0.0),
-    "mejjati": dict(objective="released", l_identity=0.0, lr=1e-4, tau=0.1),
+    "mejjati": dict(objective="released", l_identity=0.0, lr=1e-4, tau=0.1, r=0.8),  # 0.24 at the switch
     "guided": dict(objective="released", curriculum="none", l_copy=0.0, l_identity=0.0)}
 
 def build(config: Config) -> nn.ModuleDict:
@@ -414,14 +414,14 @@ def scheduled_r(config: Config, progress: float) -> float:
     return config.r if config.curriculum == "papers" else max(0.01, config.r * progress)
 
 class AdaptiveCurriculum(nn.Module):
-    """Eq. (11): r of one direction, a ramp that is held back as far as G copies its input.
+    """Eq. (11): r of one direction, a ramp from 0 to `highest` over the run, held back as far as G copies.
 
         e, c  <-  running means of L_GAN(G(x)) and of L_GAN(x), over about 2 % of the run
         r      =  ramp (1 - e / c) / (1 - trust), between 0.01 and the ramp
 
     Where G copies, D says the same of G(x) and x, and e / c is 1; the better G(x) fools D, the smaller it
-    is. Down to `trust` r is the ramp's, so that masks shrink to what has to change. Where they shrink too
-    far, D sees through G(x), and r falls. All of it stays on the device: no step waits for a GPU."""
+    is. Where e / c <= trust, r is the ramp's, so that masks shrink to what has to change. Where they shrink
+    too far, D sees through G(x), and r falls. All of it stays on the device: no step waits for a GPU."""
     def __init__(self, steps: int, highest: float = 0.5, trust: float = 0.35):
         super().__init__()
         self.steps, self.highest, self.trust = steps, highest, trust
@@ -915,14 +915,16 @@ def write_progress(trainer: Trainer, path: Path, per_epoch: int, seconds: float,
 def warn_of_collapse(log: list[dict], config: Config):
     """A line for each direction whose mean mask, in the last row, is nearly empty or nearly full."""
     *earlier, last = log
-    for name in ("attention_ab", "attention_ba"):
+    for direction in ("ab", "ba"):
+        name = "attention_" + direction
         if 0.03 <= last[name] <= 0.97:
             continue
         usual = sum(row[name] for row in earlier) / max(1, len(earlier))
         before = f" (so far {usual:.2f} on average)" if earlier else ""
-        found = "copies its input, or nearly" if last[name] < 0.5 else "repaints everything"
-        advice = "r follows it" if config.curriculum == "adaptive" else "try --curriculum adaptive"
-        print(f"warning: {name} is {last[name]:.4f}{before}: g_{name[-2:]} {found}; {advice}",
+        found, cure = (("copies its input, or nearly", "falls until it changes something again")
+                       if last[name] < 0.5 else ("repaints everything", "rises as far as D allows"))
+        advice = f"r_{direction} {cure}" if config.curriculum == "adaptive" else "try --curriculum adaptive"
+        print(f"warning: {name} is {last[name]:.4f}{before}: g_{direction} {found}; {advice}",
               file=sys.stderr)
 
 def tools() -> dict:
@@ -1014,12 +1016,13 @@ def configure(given: dict, small: bool | None = None) -> Config:
     model, own = given.get("model", Config.model), bool(given.get("a"))
     objective = {**PRESETS[model], **given}.get("objective", Config.objective)
     preset = {**OBJECTIVES[objective], **PRESETS[model]}
-    mini = {**MINI} if small or small is None and not own else {}
-    if "epochs" in given:
+    small = not own if small is None else small
+    mini = {**MINI} if small else {}
+    if small and "epochs" in given:
         mini["steps"] = 0
-    if "l_tv" in preset:  # 0: objectives without masks, or without L_tv
-        mini.pop("l_tv", None)
-    out = "runs/" + ("mini-" if mini and not own else "") + model
+    if small and "l_tv" in preset:  # 0: this objective has no L_tv
+        del mini["l_tv"]
+    out = "runs/" + ("mini-" if small and not own else "") + model
     folders = {name: str(Path(given[name]).resolve()) for name in ("a", "b") if given.get(name)}
     return Config(**{"out": out, **preset, **mini, **given, **folders})
 

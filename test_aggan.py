@@ -676,7 +676,8 @@ def test_presets_are_the_papers():
     common = dict(objective="released", l_gan=1, l_cycle=10, l_paired=0, l_pixel=0, l_tv=0)
     plain = dict(curriculum="none", l_copy=0, tau=0, lr=2e-4)
     expected = {"cyclegan": dict(plain, l_identity=5), "guided": dict(plain, l_identity=0),
-                "mejjati": dict(l_identity=0, tau=0.1, switch=0.3, lr=1e-4, curriculum="adaptive", l_copy=1)}
+                "mejjati": dict(l_identity=0, tau=0.1, switch=0.3, lr=1e-4, curriculum="adaptive", l_copy=1,
+                                r=0.8)}
     assert {"scheme1", "scheme2", *expected} == set(aggan.PRESETS)
     for model, fields in expected.items():
         config = aggan.configure(dict(model=model, a="a", b="b"))
@@ -1220,10 +1221,10 @@ def test_resume_equals_the_uninterrupted_run(folders, monkeypatch, model, norm, 
 
 def test_collapse_is_reported(tmp_path, capsys):
     for model, value, curriculum, words in (
-            ("scheme2", 0.001, "adaptive", "g_ab copies its input, or nearly; r follows it"),
+            ("scheme2", 0.001, "adaptive", "g_ab copies its input, or nearly; r_ab falls"),
             ("scheme2", 0.025, "papers", "g_ab copies its input, or nearly; try --curriculum adaptive"),
             ("scheme1", 0.999, "ramp", "g_ab repaints everything; try --curriculum adaptive"),
-            ("mejjati", 0.98, "adaptive", "g_ab repaints everything; r follows it"),
+            ("mejjati", 0.98, "adaptive", "g_ab repaints everything; r_ab rises"),
             ("scheme2", 0.3, "adaptive", None),
             ("cyclegan", 1.0, "none", None), ("guided", 0.001, "none", None)):
         config = dataclasses.replace(FINAL, model=model, curriculum=curriculum)
