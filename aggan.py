@@ -120,11 +120,9 @@ def up_block(in_channels: int, out_channels: int, norm: str = "instance", upsamp
     nearest: pixels doubled, then a 3x3 convolution (Odena et al. 2016). transposed: the papers' transposed
     convolution, which leaves a grid in the image; as many parameters."""
     if upsample == "nearest":
-        convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="reflect")
-        layers = [nn.Upsample(scale_factor=2), convolution]
-    else:
-        layers = [nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)]
-    return nn.Sequential(*layers, NORMS[norm](out_channels), nn.ReLU(inplace=True))
+        return nn.Sequential(nn.Upsample(scale_factor=2), conv_block(in_channels, out_channels, 3, norm=norm))
+    convolution = nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)
+    return nn.Sequential(convolution, NORMS[norm](out_channels), nn.ReLU(inplace=True))
 
 class Decoder(nn.Sequential):
     """u128 u64 c7s1-k, neither norm nor activation at the end: (B, 4*width, H/4, W/4) -> (B, k, H, W)."""
@@ -182,8 +180,7 @@ class AttentionNetwork(nn.Sequential):
     def __init__(self, width: int = 32, norm: str = "instance"):
         super().__init__(conv_block(3, width, 7, stride=2, norm=norm),
                          conv_block(width, 2 * width, 3, stride=2, norm=norm), ResidualBlock(2 * width, norm),
-                         nn.Upsample(scale_factor=2), conv_block(2 * width, 2 * width, 3, norm=norm),
-                         nn.Upsample(scale_factor=2), conv_block(2 * width, width, 3, norm=norm),
+                         up_block(2 * width, 2 * width, norm), up_block(2 * width, width, norm),
                          nn.Conv2d(width, 1, 7, padding=3, padding_mode="reflect"))
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).float().sigmoid()
