@@ -320,7 +320,8 @@ def test_layers_of_the_attention_branches():
     residual = conv + ["Conv2d", "InstanceNorm2d"]
     assert kinds(net.modules()) == 2 * conv + residual + 2 * (up + conv) + ["Conv2d"]
     assert isinstance(net[2], aggan.ResidualBlock)
-    assert [(m.mode, m.scale_factor) for m in net if isinstance(m, nn.Upsample)] == [("nearest", 2.0)] * 2
+    ups = [m for m in net.modules() if isinstance(m, nn.Upsample)]
+    assert [(m.mode, m.scale_factor) for m in ups] == [("nearest", 2.0)] * 2
     pool = ["MaxPool2d"]
     assert kinds(ResidualAttentionDiscriminator().branch.modules()) == 2 * (pool + conv) + 2 * conv
     assert kinds(ResidualAttentionDiscriminator().mix) == ["Conv2d", "ReLU", "Conv2d", "Sigmoid"]
