@@ -1,8 +1,9 @@
 """Downloads a data set of the CycleGAN family and leaves it ready for training.
 
-    python data/download.py horse2zebra
-    python aggan.py train --a data/horse2zebra/trainA --b data/horse2zebra/trainB
+python data/download.py horse2zebra
+python aggan.py train --a data/horse2zebra/trainA --b data/horse2zebra/trainB
 """
+
 import argparse
 import http.client
 import socket
@@ -14,30 +15,51 @@ from pathlib import Path
 from torchvision.datasets.utils import download_and_extract_archive
 
 HOST = "https://efrosgans.eecs.berkeley.edu/cyclegan/datasets"
-SETS = ("apple2orange", "cezanne2photo", "facades", "horse2zebra", "iphone2dslr_flower", "maps",
-        "monet2photo", "summer2winter_yosemite", "ukiyoe2photo", "vangogh2photo")
+SETS = (
+    "apple2orange",
+    "cezanne2photo",
+    "facades",
+    "horse2zebra",
+    "iphone2dslr_flower",
+    "maps",
+    "monet2photo",
+    "summer2winter_yosemite",
+    "ukiyoe2photo",
+    "vangogh2photo",
+)
 PARTS = "trainA", "trainB", "testA", "testB"
 
 
 def download(name, folder, host=HOST):
     """host/name.zip -> folder/name, with trainA, trainB, testA and testB in it; returns that path.
-    All or nothing: it is downloaded and unpacked beside, then renamed (killed, it leaves .download-*).
-    OSError where the target exists or the archive cannot be had, ValueError where that is damaged or lacks a
-    folder."""
+
+    All or nothing: it is downloaded and unpacked beside, then renamed; a kill leaves .download-*.
+    OSError where the target exists or the archive cannot be had, ValueError where that is damaged
+    or lacks a folder.
+    """
     target, url = Path(folder, name), f"{host}/{name}.zip"
     if target.exists():
-        raise FileExistsError(f"{target}: exists already; remove it first, or name another --folder")
+        raise FileExistsError(
+            f"{target}: exists already; remove it first, or name another --folder"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as beside:
         try:
             download_and_extract_archive(url, beside)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            RuntimeError,
+        ) as error:  # RuntimeError: encrypted
             # torchvision takes a connection that broke for the end
             raise ValueError(f"{url}: did not arrive whole ({error}); try again") from None
         except (OSError, http.client.HTTPException) as error:
             raise OSError(f"{url}: not downloaded ({' '.join(str(error).split())})") from None
         new = Path(beside, name)
-        missing = [part for part in PARTS if not (new / part).is_dir() or not any((new / part).iterdir())]
+        missing = [
+            part for part in PARTS if not (new / part).is_dir() or not any((new / part).iterdir())
+        ]
         if missing:
             raise ValueError(f"{url}: has no {', '.join(missing)}")
         new.rename(target)
@@ -46,10 +68,16 @@ def download(name, folder, host=HOST):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.error = lambda line: parser.exit(2, f"{parser.prog}: error: {line}\n")  # one line, without usage
+    parser.error = lambda line: parser.exit(
+        2, f"{parser.prog}: error: {line}\n"
+    )  # one line, without usage
     parser.add_argument("name", choices=SETS, help="which one: " + ", ".join(SETS), metavar="name")
-    parser.add_argument("--folder", default=Path(__file__).parent, help="where to; default: this script's")
-    parser.add_argument("--host", default=HOST, help="address that NAME.zip is under; default: %(default)s")
+    parser.add_argument(
+        "--folder", default=Path(__file__).parent, help="where to; default: this script's"
+    )
+    parser.add_argument(
+        "--host", default=HOST, help="address that NAME.zip is under; default: %(default)s"
+    )
     options = parser.parse_args(argv)
     socket.setdefaulttimeout(60)  # seconds of silence
     try:

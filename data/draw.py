@@ -2,9 +2,10 @@
 
     python data/draw.py [FOLDER] [--train 300] [--test 60]
 
-Same bytes on every run: each scene has its own seed. A and B share one scene generator; only the coat
-differs. Nothing in a background is brown, white or black, so only the animal tells the domains apart.
+Same bytes on every run: each scene has its own seed. A and B share one scene generator; only the
+coat differs. Nothing in a background is brown, white or black: only the animal tells A from B.
 """
+
 import argparse
 import colorsys
 import math
@@ -13,8 +14,8 @@ from random import Random
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-SIZE = 128   # side of the finished images
-SCALE = 4    # drawn this much larger, then reduced: smooth edges
+SIZE = 128  # side of the finished images
+SCALE = 4  # drawn this much larger, then reduced: smooth edges
 FULL = SIZE * SCALE
 
 
@@ -34,40 +35,83 @@ def gradient(top, bottom, size):
 
 
 def draw_background(rng):
-    """Sky, hills, ground, plants. Greens, blues, violets, pinks and yellows: no brown, white or black."""
+    """Sky, hills, ground, plants. Green, blue, violet, pink, yellow: no brown, white, black."""
     horizon = round(FULL * rng.uniform(0.30, 0.52))
-    sky = rng.choice([(205, 0.45, 0.92), (190, 0.35, 0.90), (222, 0.40, 0.85), (285, 0.25, 0.85),
-                      (322, 0.28, 0.93)])
-    top = hsv(sky[0] + rng.uniform(-8, 8), sky[1] + rng.uniform(0, 0.15), sky[2] - rng.uniform(0, 0.15))
-    image = gradient(top, blend(top, hsv(sky[0] - 15, 0.14, 0.96), rng.uniform(0.3, 0.8)), (FULL, FULL))
+    sky = rng.choice(
+        [
+            (205, 0.45, 0.92),
+            (190, 0.35, 0.90),
+            (222, 0.40, 0.85),
+            (285, 0.25, 0.85),
+            (322, 0.28, 0.93),
+        ]
+    )
+    top = hsv(
+        sky[0] + rng.uniform(-8, 8), sky[1] + rng.uniform(0, 0.15), sky[2] - rng.uniform(0, 0.15)
+    )
+    image = gradient(
+        top, blend(top, hsv(sky[0] - 15, 0.14, 0.96), rng.uniform(0.3, 0.8)), (FULL, FULL)
+    )
     draw = ImageDraw.Draw(image)
     if rng.random() < 0.5:  # a low sun
         x, r = rng.uniform(0.1, 0.9) * FULL, rng.uniform(0.04, 0.08) * FULL
         y = horizon - rng.uniform(0.4, 2.5) * r
         draw.ellipse((x - r, y - r, x + r, y + r), fill=hsv(rng.uniform(44, 54), 0.45, 0.98))
     for _ in range(rng.randint(0, 3)):  # clouds, tinted with the sky
-        x, y, r = rng.uniform(0, FULL), rng.uniform(0.03, 0.6) * horizon, rng.uniform(0.03, 0.06) * FULL
+        x, y, r = (
+            rng.uniform(0, FULL),
+            rng.uniform(0.03, 0.6) * horizon,
+            rng.uniform(0.03, 0.06) * FULL,
+        )
         for k in range(4):
-            cx, cy, cr = x + (k - 1.5) * r * 1.1, y + rng.uniform(-0.3, 0.3) * r, r * rng.uniform(0.6, 1)
-            draw.ellipse((cx - cr * 1.3, cy - cr * 0.7, cx + cr * 1.3, cy + cr * 0.7),
-                         fill=blend(top, hsv(sky[0], 0.18, 0.97), 0.7))
+            cx, cy, cr = (
+                x + (k - 1.5) * r * 1.1,
+                y + rng.uniform(-0.3, 0.3) * r,
+                r * rng.uniform(0.6, 1),
+            )
+            draw.ellipse(
+                (cx - cr * 1.3, cy - cr * 0.7, cx + cr * 1.3, cy + cr * 0.7),
+                fill=blend(top, hsv(sky[0], 0.18, 0.97), 0.7),
+            )
     hill_hue = rng.choice([135, 165, 205, 235, 265])
     for layer in range(rng.randint(1, 3)):
         colour = hsv(hill_hue + rng.uniform(-8, 8), 0.25 + 0.10 * layer, 0.76 - 0.09 * layer)
-        base, phase, waves = horizon - (2 - layer) * 0.04 * FULL, rng.uniform(0, 6.3), rng.uniform(0.8, 2.2)
+        base, phase, waves = (
+            horizon - (2 - layer) * 0.04 * FULL,
+            rng.uniform(0, 6.3),
+            rng.uniform(0.8, 2.2),
+        )
         height = rng.uniform(0.03, 0.09) * FULL
-        line = [(x, base - height * (1 + math.sin(phase + waves * 6.3 * x / FULL)) / 2)
-                for x in range(0, FULL + 1, 8)]
+        line = [
+            (x, base - height * (1 + math.sin(phase + waves * 6.3 * x / FULL)) / 2)
+            for x in range(0, FULL + 1, 8)
+        ]
         draw.polygon([(0, FULL), *line, (FULL, FULL)], fill=colour)
-    hue, saturation, value = rng.choice([(105, 0.50, 0.68), (85, 0.52, 0.74), (130, 0.42, 0.60),
-                                         (64, 0.42, 0.86), (165, 0.35, 0.68), (300, 0.22, 0.72)])
+    hue, saturation, value = rng.choice(
+        [
+            (105, 0.50, 0.68),
+            (85, 0.52, 0.74),
+            (130, 0.42, 0.60),
+            (64, 0.42, 0.86),
+            (165, 0.35, 0.68),
+            (300, 0.22, 0.72),
+        ]
+    )
     hue, saturation = hue + rng.uniform(-6, 6), saturation + rng.uniform(-0.05, 0.05)
     ground = hsv(hue, saturation, value + rng.uniform(-0.05, 0.05))
     near = blend(ground, hsv(hue, saturation, 0.45), rng.uniform(0.3, 0.7))
     image.paste(gradient(ground, near, (FULL, FULL - horizon)), (0, horizon))
     for _ in range(rng.randint(0, 3)):  # trees stand on the horizon
-        x, y, h = rng.uniform(0, FULL), horizon + rng.uniform(0, 0.05) * FULL, rng.uniform(0.12, 0.26) * FULL
-        leaf = hsv(rng.choice([100, 125, 150, 175, 275]) + rng.uniform(-8, 8), 0.45, rng.uniform(0.42, 0.65))
+        x, y, h = (
+            rng.uniform(0, FULL),
+            horizon + rng.uniform(0, 0.05) * FULL,
+            rng.uniform(0.12, 0.26) * FULL,
+        )
+        leaf = hsv(
+            rng.choice([100, 125, 150, 175, 275]) + rng.uniform(-8, 8),
+            0.45,
+            rng.uniform(0.42, 0.65),
+        )
         trunk = blend(leaf, hsv(250, 0.4, 0.35), 0.6)
         draw.rectangle((x - 0.05 * h, y - 0.5 * h, x + 0.05 * h, y), fill=trunk)
         if rng.random() < 0.4:
@@ -78,17 +122,25 @@ def draw_background(rng):
             for _ in range(6):
                 cx, cy = x + rng.uniform(-0.22, 0.22) * h, y - rng.uniform(0.5, 0.9) * h
                 r = rng.uniform(0.14, 0.22) * h
-                draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=blend(leaf, ground, rng.uniform(0, 0.25)))
+                draw.ellipse(
+                    (cx - r, cy - r, cx + r, cy + r), fill=blend(leaf, ground, rng.uniform(0, 0.25))
+                )
     for _ in range(rng.randint(30, 90)):  # tufts of grass, larger when nearer
         y = horizon + (FULL - horizon) * rng.random() ** 0.8
         x, r = rng.uniform(0, FULL), (0.01 + 0.03 * (y - horizon) / FULL) * FULL
-        colour = blend(ground, hsv(hue + rng.uniform(-15, 15), saturation, 0.42), rng.uniform(0.2, 0.7))
+        colour = blend(
+            ground, hsv(hue + rng.uniform(-15, 15), saturation, 0.42), rng.uniform(0.2, 0.7)
+        )
         for k in (-1, 0, 1):
-            draw.polygon([(x - 0.3 * r, y), (x + 0.3 * r, y), (x + k * r, y - 1.4 * r)], fill=colour)
+            draw.polygon(
+                [(x - 0.3 * r, y), (x + 0.3 * r, y), (x + k * r, y - 1.4 * r)], fill=colour
+            )
     for _ in range(rng.randint(0, 10)):  # flowers
         y, x = rng.uniform(horizon + 0.05 * FULL, FULL), rng.uniform(0, FULL)
         r = rng.uniform(0.006, 0.012) * FULL
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=hsv(rng.choice([52, 330, 285, 215]), 0.55, 0.95))
+        draw.ellipse(
+            (x - r, y - r, x + r, y + r), fill=hsv(rng.choice([52, 330, 285, 215]), 0.55, 0.95)
+        )
     return image
 
 
@@ -103,7 +155,7 @@ def capsule(draw, points, widths, fill):
 
 
 def draw_animal(rng, image, mask, striped, place_x, ground_y, length):
-    """Paint one animal into `image` and its silhouette into `mask`. `length` is that of the trunk."""
+    """Paint an animal into `image`, its silhouette into `mask`; `length` is that of the trunk."""
     flip = rng.random() < 0.5
     x = round(0.42 * FULL)  # drawn here, facing right, then moved: the neck needs room in front
     centre = round(place_x + (0.2 if flip else -0.2) * length)
@@ -117,9 +169,18 @@ def draw_animal(rng, image, mask, striped, place_x, ground_y, length):
         for painter, offset in ((near_draw, -0.03), (far_draw, 0.05)):
             swing, top = rng.uniform(-0.20, 0.20) * u, hip + offset * u
             knee = (top + 0.35 * swing + bend * u, y + 0.55 * (ground_y - y))
-            capsule(painter, [(top, y), knee, (top + swing, ground_y - 0.045 * u)],
-                    [0.14 * u, 0.09 * u, 0.072 * u], 255)
-    capsule(near_draw, [(back, y - 0.02 * u), (x, y + 0.03 * u), (front, y)], [fat, 0.97 * fat, fat], 255)
+            capsule(
+                painter,
+                [(top, y), knee, (top + swing, ground_y - 0.045 * u)],
+                [0.14 * u, 0.09 * u, 0.072 * u],
+                255,
+            )
+    capsule(
+        near_draw,
+        [(back, y - 0.02 * u), (x, y + 0.03 * u), (front, y)],
+        [fat, 0.97 * fat, fat],
+        255,
+    )
     angle = rng.uniform(-0.55, 1.25)  # of the neck: grazing to proud
     neck = rng.uniform(0.42, 0.52) * u
     root = (front + 0.06 * u, y - 0.06 * u)
@@ -130,15 +191,30 @@ def draw_animal(rng, image, mask, striped, place_x, ground_y, length):
     capsule(near_draw, [poll, muzzle], [0.12 * u, 0.08 * u], 255)
     for shift in (-0.05, 0.04):
         ear = (poll[0] + shift * u - 0.03 * u, poll[1] - 0.09 * u)
-        near_draw.polygon([(ear[0] - 0.04 * u, ear[1] + 0.03 * u), (ear[0] + 0.04 * u, ear[1] + 0.03 * u),
-                           (ear[0] - 0.01 * u, ear[1] - 0.12 * u)], fill=255)
+        near_draw.polygon(
+            [
+                (ear[0] - 0.04 * u, ear[1] + 0.03 * u),
+                (ear[0] + 0.04 * u, ear[1] + 0.03 * u),
+                (ear[0] - 0.01 * u, ear[1] - 0.12 * u),
+            ],
+            fill=255,
+        )
     normal = (-math.sin(angle), -math.cos(angle))
-    capsule(hair_draw, [(root[0] + 0.13 * u * normal[0], root[1] + 0.13 * u * normal[1]),
-                        (poll[0] + 0.09 * u * normal[0], poll[1] + 0.09 * u * normal[1])],
-            [0.05 * u, 0.045 * u], 255)
+    capsule(
+        hair_draw,
+        [
+            (root[0] + 0.13 * u * normal[0], root[1] + 0.13 * u * normal[1]),
+            (poll[0] + 0.09 * u * normal[0], poll[1] + 0.09 * u * normal[1]),
+        ],
+        [0.05 * u, 0.045 * u],
+        255,
+    )
     rump = (back - 0.85 * fat, y - 0.10 * u)
     sway = rng.uniform(-0.16, 0.02) * u
-    middle, tip = (rump[0] - 0.08 * u + sway, rump[1] + 0.2 * u), (rump[0] + sway, rump[1] + 0.42 * u)
+    middle, tip = (
+        (rump[0] - 0.08 * u + sway, rump[1] + 0.2 * u),
+        (rump[0] + sway, rump[1] + 0.42 * u),
+    )
     capsule(hair_draw, [rump, middle, tip], [0.04 * u, 0.055 * u, 0.04 * u], 255)
     if striped:
         light = hsv(45, rng.uniform(0, 0.05), rng.uniform(0.93, 1))
@@ -148,8 +224,10 @@ def draw_animal(rng, image, mask, striped, place_x, ground_y, length):
         period, slant = rng.uniform(0.15, 0.19) * u, rng.uniform(-0.12, 0.3)
         position = x - 1.5 * u
         while position < x + 1.8 * u:  # upright bands over trunk, neck and head
-            points = [(position + slant * (t - y) + 0.02 * u * math.sin(t / (0.1 * u)), t)
-                      for t in range(0, FULL + 8, 8)]
+            points = [
+                (position + slant * (t - y) + 0.02 * u * math.sin(t / (0.1 * u)), t)
+                for t in range(0, FULL + 8, 8)
+            ]
             stripes.line(points, fill=dark, width=round(period * rng.uniform(0.42, 0.55)))
             position += period * rng.uniform(0.9, 1.1)
         legs = Image.new("RGB", image.size, light)
@@ -183,7 +261,11 @@ def draw_animal(rng, image, mask, striped, place_x, ground_y, length):
     image.paste(Image.new("RGB", image.size, tail), mask=place(hair))
     image.paste(place(coat), mask=place(body))
     eye = Image.new("L", image.size)
-    ex, ey, r = poll[0] + 0.07 * u * math.cos(tilt), poll[1] - 0.07 * u * math.sin(tilt) - 0.02 * u, 0.022 * u
+    ex, ey, r = (
+        poll[0] + 0.07 * u * math.cos(tilt),
+        poll[1] - 0.07 * u * math.sin(tilt) - 0.02 * u,
+        0.022 * u,
+    )
     ImageDraw.Draw(eye).ellipse((ex - r, ey - r, ex + r, ey + r), fill=255)
     image.paste((25, 20, 25), mask=place(eye))
     mask.paste(255, mask=place(silhouette))
@@ -203,8 +285,10 @@ def draw_scene(seed, striped):
         ground_y = rng.uniform(0.72, 0.95) * FULL
         draw_animal(rng, image, mask, striped, place * FULL, ground_y, length)
     size = (SIZE, SIZE)
-    return (image.resize(size, Image.Resampling.BOX),
-            mask.resize(size, Image.Resampling.BOX).point(lambda v: 255 * (v >= 128)).convert("1"))
+    return (
+        image.resize(size, Image.Resampling.BOX),
+        mask.resize(size, Image.Resampling.BOX).point(lambda v: 255 * (v >= 128)).convert("1"),
+    )
 
 
 def draw_set(folder, train=300, test=60):
@@ -223,7 +307,9 @@ def draw_set(folder, train=300, test=60):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", default=Path(__file__).parent, help="default: this script's")
+    parser.add_argument(
+        "folder", nargs="?", default=Path(__file__).parent, help="default: this script's"
+    )
     parser.add_argument("--train", type=int, default=300, help="training images a domain")
     parser.add_argument("--test", type=int, default=60, help="test images a domain")
     options = parser.parse_args()

@@ -1,12 +1,13 @@
 """Draws the README's pictures: python data/pictures.py
 
-    strip.png      what the default model does: input, attention, content, translation, in both directions
+    strip.png      the default model: input, attention, content, translation, in both directions
     family.png     the same inputs through every model
     attention.png  where scheme II looks, from before its first step to after its last
 
-They show runs of the mini set in runs/pictures, one a model. What is missing there is trained first, which
-takes half an hour on two cores; remove that folder to have it trained anew.
+They show runs of the mini set in runs/pictures, one a model. What is missing there is trained
+first, which takes half an hour on two cores; remove that folder to have it trained anew.
 """
+
 import sys
 import tempfile
 from pathlib import Path
@@ -16,8 +17,14 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import aggan  # noqa: E402
 
-MODELS = {"scheme2": {}, "scheme1": {}, "mejjati": {}, "cyclegan": {}, "guided, pha": dict(model="guided"),
-          "guided, tam": dict(model="guided", attention_map="tam")}
+MODELS = {
+    "scheme2": {},
+    "scheme1": {},
+    "mejjati": {},
+    "cyclegan": {},
+    "guided, pha": dict(model="guided"),
+    "guided, tam": dict(model="guided", attention_map="tam"),
+}
 STEPS = 0, 100, 200, 400, 600, 800, 1200, 1600, 2000
 EDGE = 14  # pixels of a line of text
 
@@ -28,19 +35,20 @@ def grid(run, step):
     if step:
         return Image.open(path).convert("RGB")
     config = aggan.load_checkpoint(run)["config"]
-    folders = [aggan.sibling(x, "train", "test") or x for x in aggan.domain_folders(config)]
-    shown = aggan.UnpairedImages(*folders, config.size, config.size).samples()
+    shown = aggan.sample_images(config)
     nets = aggan.Trainer(config, 1, aggan.pick_device("cpu")).nets
     with tempfile.TemporaryDirectory() as folder:
         return aggan.to_image(aggan.save_samples(Path(folder, "0.png"), nets, *shown))
 
 
 def table(rows, above=(), left=()):
-    """Rows of images of one size -> one image, with the texts over the columns and before the rows."""
+    """Rows of images of one size -> one image, with texts over the columns and before the rows."""
     font, (width, height) = ImageFont.load_default(EDGE - 2), rows[0][0].size
     x0 = 4 + round(max((font.getlength(text) for text in left), default=-4))
     y0 = EDGE + 2 if above else 0
-    picture = Image.new("RGB", (x0 + len(rows[0]) * (width + 2), y0 + len(rows) * (height + 2)), "white")
+    picture = Image.new(
+        "RGB", (x0 + len(rows[0]) * (width + 2), y0 + len(rows) * (height + 2)), "white"
+    )
     draw = ImageDraw.Draw(picture)
     for k, text in enumerate(above):
         draw.text((x0 + k * (width + 2) + width // 2, y0 // 2), text, "black", font, anchor="mm")
@@ -63,30 +71,48 @@ def tiles(picture, row, columns, scale=1):
 
 
 def draw(runs, folder, steps=STEPS):
-    """runs: name of a model -> its run folder, the default model first. Writes the three pictures."""
+    """runs: name of a model -> its run folder, the default first. Writes the three pictures."""
     last = {name: grid(run, steps[-1]) for name, run in runs.items()}
     first, run = next(iter(last.values())), next(iter(runs.values()))
     names = "input", "attention", "content", "translation"
-    table([[*tiles(first, row, range(8), 2)] for row in (0, 1)], names * 2).save(Path(folder, "strip.png"))
+    table([[*tiles(first, row, range(8), 2)] for row in (0, 1)], names * 2).save(
+        Path(folder, "strip.png")
+    )
     columns = 0, 1, 3, 4, 5, 7
-    table([[*tiles(picture, 2, columns, 2)] for picture in last.values()], [names[k % 4] for k in columns],
-          list(last)).save(Path(folder, "family.png"))
+    table(
+        [[*tiles(picture, 2, columns, 2)] for picture in last.values()],
+        [names[k % 4] for k in columns],
+        list(last),
+    ).save(Path(folder, "family.png"))
     grids = [grid(run, step) for step in steps]
-    table([[*tiles(grids[0], 0, [column]), *(tile for g in grids for tile in tiles(g, 0, [column + 1]))]
-           for column in (0, 4)], ["step", *map(str, steps)]).save(Path(folder, "attention.png"))
+    table(
+        [
+            [
+                *tiles(grids[0], 0, [column]),
+                *(tile for g in grids for tile in tiles(g, 0, [column + 1])),
+            ]
+            for column in (0, 4)
+        ],
+        ["step", *map(str, steps)],
+    ).save(Path(folder, "attention.png"))
 
 
 def main(argv=None):
-    parser = aggan.Parser(description=__doc__.splitlines()[0], epilog="What runs/pictures has not got "
-                          "of the family on the mini set is trained first: half an hour on two cores.")
-    parser.add_argument("folder", nargs="?", default=Path(__file__).parent, help="default: this script's")
+    parser = aggan.Parser(
+        description=__doc__.splitlines()[0],
+        epilog="What runs/pictures has not got "
+        "of the family on the mini set is trained first: half an hour on two cores.",
+    )
+    parser.add_argument(
+        "folder", nargs="?", default=Path(__file__).parent, help="default: this script's"
+    )
     folder, runs = Path(parser.parse_args(argv).folder), {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, options in MODELS.items():
             runs[name] = "runs/pictures/" + name.replace(", ", "-")
             given = {"model": name, **options, "out": runs[name], "save_every": 100}
-            aggan.run_train(True, given)  # --resume: does nothing where it is done
+            aggan.run_train(given, resume=True)  # does nothing where it is done
         draw(runs, folder)
     except (aggan.BadInput, OSError) as error:
         parser.exit(getattr(error, "status", 2), f"{parser.prog}: {error}\n")
