@@ -4,6 +4,7 @@ No network, no GPU, seeded. Run: pytest -q
 """
 
 import ast
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -54,6 +55,8 @@ ROOT = Path(__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXERCISES = (ROOT / "data" / "exercises.md").read_text(encoding="utf-8")
 CPU = torch.device("cpu")
+torch.set_num_threads(1)  # small networks; and processes that are compared round alike
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # of processes side by side
 
 # settings of a run of a second
 TINY = dict(width=4, blocks=1, masks=3, size=32, resize=36, workers=0, device="cpu")
@@ -1064,15 +1067,15 @@ def test_useless_images_do_not_change_the_order(folders):
     assert int(first.useless["a"].sum()) == len(names) and int(first.useless["b"].sum()) == 0
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_folder_without_one_usable_image(folders, workers):
+def test_a_folder_without_one_usable_image(folders, capfd):
+    """The error of a loading process gets one line, too."""
     for path in (folders / "trainB").iterdir():
         path.write_text("not a picture")
-    run = command("train", *options(folders, workers=workers))
-    done = subprocess.run(run, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("not a usable image") == 3
-    last = done.stderr.splitlines()[-1]
+    with pytest.raises(SystemExit, match="2"):
+        aggan.main(["train", *options(folders, workers=1)])
+    *lines, last = capfd.readouterr().err.splitlines()
     assert last == f"aggan.py: {folders}/trainB: not one usable image"
+    assert len(lines) == 3 and all("not a usable image" in line for line in lines)
 
 
 def test_mini_set_is_what_its_script_draws(tmp_path):
@@ -1349,44 +1352,50 @@ needs_posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX si
 
 @needs_posix
 def test_kills_lose_only_the_steps_since_the_last_checkpoint(folders):
-    """Eight SIGKILLs at any moment; the end is that of a run that was never stopped."""
+    """Two runs of four SIGKILLs each, at any moment, end as one that was never stopped."""
     changes = dict(steps=60, save_every=3, pool=2, model="scheme1", blocks=0, l_paired=0.0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as there: another number rounds otherwise
-    whole = aggan.train(tiny(folders, **changes))
-    torch.set_num_threads(threads)
-    numbers, killed, environment = random.Random(0), 0, {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = command("train", *options(folders, **changes, out=folders / "killed"), "--resume")
-    while killed < 8:
-        process = subprocess.Popen(run, stdout=subprocess.PIPE, text=True, env=environment)
-        for _ in range(numbers.randrange(2, 5)):  # lines: it has begun to train
-            process.stdout.readline()
-        time.sleep(numbers.uniform(0, 0.05))
-        process.kill()
-        process.communicate()
-        killed += process.returncode == -signal.SIGKILL
-        if process.returncode == 0:  # it was faster: from the start
-            shutil.rmtree(folders / "killed")
-    subprocess.run(run, check=True, capture_output=True, env=environment)
-    assert same(weights(whole), weights(folders / "killed"))
-    assert columns(whole) == columns(folders / "killed")
-    names = [sorted(p.name for p in there.rglob("*")) for there in (whole, folders / "killed")]
-    assert names[0] == names[1]
+
+    def lives(seed):
+        out, numbers, killed = folders / f"killed{seed}", random.Random(seed), 0
+        run = command("train", *options(folders, **changes, out=out), "--resume")
+        while killed < 4:
+            process = subprocess.Popen(run, stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
+            for _ in range(numbers.randrange(2, 5)):  # lines: it has begun to train
+                process.stdout.readline()
+            time.sleep(numbers.uniform(0, 0.05))
+            process.kill()
+            process.communicate()
+            killed += process.returncode == -signal.SIGKILL
+            if process.returncode == 0:  # it was faster: from the start
+                shutil.rmtree(out)
+        subprocess.run(run, check=True, capture_output=True, env=ONE_THREAD)
+        return out
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        ends = pool.map(lives, range(2))
+        whole = aggan.train(tiny(folders, **changes))
+    for out in ends:
+        assert same(weights(whole), weights(out)) and columns(whole) == columns(out)
+        names = [sorted(p.name for p in there.rglob("*")) for there in (whole, out)]
+        assert names[0] == names[1]
 
 
 @needs_posix
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_finish_the_step_and_save(folders, number, status):
+def test_signals_finish_the_step_and_save(folders):
     """... though they reach the loading process too, as a terminal's do."""
-    run = command("train", *options(folders, steps=4000, save_every=4000, workers=1))
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(run, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
-    assert "step" in process.stdout.readline()
-    os.killpg(process.pid, number)
-    _, error = process.communicate(timeout=60)
-    done = aggan.load_checkpoint(folders / "run")["step"]
-    assert process.returncode == status
-    assert error == f"aggan.py: stopped after step {done}, saved; goes on with --resume\n"
+    processes = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        changes = dict(steps=9000, save_every=9000, workers=1, out=folders / f"{number}")
+        run, pipe = command("train", *options(folders, **changes)), subprocess.PIPE
+        settings = dict(text=True, start_new_session=True, env=ONE_THREAD)
+        processes[number] = subprocess.Popen(run, stdout=pipe, stderr=pipe, **settings)
+    for number, process in processes.items():
+        assert "step" in process.stdout.readline()
+        os.killpg(process.pid, number)
+        _, error = process.communicate(timeout=60)
+        done = aggan.load_checkpoint(folders / f"{number}")["step"]
+        assert process.returncode == 128 + number
+        assert error == f"aggan.py: stopped after step {done}, saved; goes on with --resume\n"
 
 
 def test_handlers_return(folders):
@@ -1722,9 +1731,8 @@ def test_two_processes_train_as_one(folders):
     changes = dict(steps=4, l_identity=5.0, log_every=1, save_every=2)
     one = aggan.train(tiny(folders, **changes, batch_size=2, out=str(folders / "one")))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = [sys.executable, *launcher, str(ROOT / "aggan.py"), "train", *options(folders, **changes)]
-    process = subprocess.run(run, capture_output=True, text=True, env=environment)
+    process = subprocess.run(run, capture_output=True, text=True, env=ONE_THREAD)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("step 4/4") == process.stdout.count("done:") == 1
     state = aggan.load_checkpoint(folders / "run")
@@ -2153,16 +2161,16 @@ def test_aggan_alone_trains_translates_and_evaluates(folders):
     alone = folders / "alone"
     alone.mkdir()
     shutil.copy(ROOT / "aggan.py", alone)
-    aggan_py = [sys.executable, "aggan.py"]
-    run = folders / "run"
-    for arguments in (
-        ["train", *options(folders, steps=2)],
-        ["translate", run, folders / "testA", "--to", "b", "--out", "new", "--device", "cpu"],
-        ["evaluate", run, "--device", "cpu"],
-    ):
-        full = [*aggan_py, *map(str, arguments)]
-        done = subprocess.run(full, cwd=alone, capture_output=True, text=True)
-        assert done.returncode == 0 and done.stderr == "", done.stderr
+    run, pipe, stages = folders / "run", subprocess.PIPE, []
+    translate = ["translate", run, folders / "testA", "--to", "b", "--out", "new"]
+    evaluate = ["evaluate", run, "--a", folders / "testA", "--b", folders / "testB"]
+    for stage in ([["train", *options(folders, steps=2)]], [translate, evaluate]):
+        processes = []
+        for arguments in stage:
+            line = [sys.executable, "aggan.py", *map(str, arguments)]
+            processes.append(subprocess.Popen(line, cwd=alone, stdout=pipe, stderr=pipe))
+        stages += [(*process.communicate(), process.returncode) for process in processes]
+    assert [(error, status) for _, error, status in stages] == [(b"", 0)] * 3, stages
     assert len(list((alone / "new").iterdir())) == 5
 
 
@@ -2175,18 +2183,16 @@ def test_bundled_set_trains_without_folders(tmp_path, monkeypatch, capsys):
     assert " - " not in capsys.readouterr().out  # masks were found
 
 
-def test_bench(tmp_path):
-    run = [sys.executable, str(ROOT / "data" / "bench.py"), "--json", str(tmp_path / "b.json")]
-    tiny_one = {
-        name: TINY[name] for name in ("width", "blocks", "masks", "size", "resize", "device")
-    }
-    run += [str(x) for name, value in tiny_one.items() for x in (aggan.flag(name), value)]
-    done = subprocess.run([*run, "--precision", "bf16"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "b.json").read_text())
-    assert len(results) == 2
+def test_bench(tmp_path, capsys):
+    names = ("width", "blocks", "masks", "size", "resize", "device")
+    given = [str(x) for name in names for x in (aggan.flag(name), TINY[name])]
+    given += ["--precision", "bf16", "--json", str(tmp_path / "b.json")]
+    script("bench").main(given)
+    results, said = json.loads((tmp_path / "b.json").read_text()), capsys.readouterr().out
+    assert list(results) == ["eager float32", "eager, bf16"]
     for name, row in results.items():
-        assert name in done.stdout and all(v is None or v > 0 for v in row.values())
+        assert name in said and all(v is None or v > 0 for v in row.values())
+        assert row["pairs_a_second"] * row["ms_a_step"] == pytest.approx(1000)
 
 
 BAD_INPUT = [

@@ -77,12 +77,12 @@ def bench(config, device, rounds=5):
     return results
 
 
-def main():
+def main(argv=None):
     parser = aggan.Parser(description=__doc__.splitlines()[0])
     aggan.add_config_options(parser)
     parser.add_argument("--small", action="store_true", help="the settings of the drawings")
     parser.add_argument("--json", default="", help="file for the figures, too")
-    given = vars(parser.parse_args())
+    given = vars(parser.parse_args(argv))
     file, small = given.pop("json"), given.pop("small")
     try:
         config = aggan.check(aggan.configure(given, small))
