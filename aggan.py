@@ -4,7 +4,7 @@ Two folders of images, A and B, without pairs. A generator G: A -> B learns to c
 A an A and to leave the rest alone: beside new pixels (content, C) it predicts where to use them
 (attention, a). A second generator G' does the converse, and discriminators judge the results. For x
 of A and y of B, and the same with A and B exchanged (G is `g_ab` and G', which the papers call F,
-is `g_ba`; D judges images of B; the numbers are this file's):
+is `g_ba`; D judges images of B; the numbers are this file's own):
 
   (1) fusion      G(x) = sum_{f=1}^{n-1} a_f * C_f + a_n * x        sum_f a_f = 1; a_n: background
   (2) scheme I    n = 2, a = (s, 1 - s), s = sigmoid(.), C = tanh(.)
@@ -38,7 +38,7 @@ Images are (B, 3, H, W) in [-1, 1], masks (B, n, H, W) in [0, 1].
     python aggan.py evaluate runs/NAME --a testA --b testB
 
 The first takes about four minutes on two CPU cores. Its masks then match the drawn animals with an
-intersection over union of 0.89 (A -> B) and 0.87 (B -> A), means of seeds 0, 1, 2.
+intersection over union of 0.88 (A -> B) and 0.87 (B -> A), means of seeds 0, 1, 2.
 """
 
 import argparse
@@ -46,7 +46,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from json import dumps
+import json
 import math
 import os
 import random
@@ -638,29 +638,29 @@ class Config:
     workers: int = 4   # processes that load images, one a core at most; 0: none
 
     # model
-    model: str = "scheme2"    # scheme1, scheme2, cyclegan, mejjati or guided
-    width: int = 64           # channels of the first layers
-    blocks: int = 9           # residual blocks of a generator
-    masks: int = 10           # n of scheme II: n - 1 foreground masks and the background
-    upsample: str = "nearest"  # of the decoders: nearest or transposed (the papers')
-    norm: str = "instance"    # instance or batch
-    head: str = "patch"       # of the discriminators: patch or pooled
+    model: str = "scheme2"      # scheme1, scheme2, cyclegan, mejjati or guided
+    width: int = 64             # channels of the first layers
+    blocks: int = 9             # residual blocks of a generator
+    masks: int = 10             # n of scheme II: n - 1 foreground masks and the background
+    upsample: str = "nearest"   # of the decoders: nearest or transposed (the papers')
+    norm: str = "instance"      # instance or batch
+    head: str = "patch"         # of the discriminators: patch or pooled
     attention_map: str = "pha"  # of guided's discriminators: pha or tam
-    tau: float = 0.0          # from the switch on, L_GAN's D sees where mask >= tau; 0: all, always
-    switch: float = 0.3       # fraction of the run before tau, if any, and mejjati's frozen masks
+    tau: float = 0.0            # from the switch on, L_GAN's D sees where mask >= tau; 0: never
+    switch: float = 0.3         # fraction of the run before tau, if any, and mejjati's frozen masks
 
     # objective
-    objective: str = "final"  # weights, rate: final (the papers) or released (authors' code)
-    gan: str = "lsgan"       # adversarial loss: lsgan or vanilla
-    l_gan: float = 0.5       # weight of L_GAN, Eq. 4
-    l_paired: float = 0.5    # weight of L_AGAN, Eq. 5: the attention-guided discriminators
-    l_cycle: float = 10.0    # weight of L_cycle, Eq. 6
-    l_pixel: float = 1.0     # weight of L_pixel, Eq. 7
-    l_identity: float = 0.0  # weight of L_identity, Eq. 8
-    l_tv: float = 1e-6       # weight of L_tv, Eq. 9
-    l_copy: float = 1.0      # weight of the untouched input among D's fakes, Eq. 4
+    objective: str = "final"      # weights, rate: final (the papers) or released (authors' code)
+    gan: str = "lsgan"            # adversarial loss: lsgan or vanilla
+    l_gan: float = 0.5            # weight of L_GAN, Eq. 4
+    l_paired: float = 0.5         # weight of L_AGAN, Eq. 5: the attention-guided discriminators
+    l_cycle: float = 10.0         # weight of L_cycle, Eq. 6
+    l_pixel: float = 1.0          # weight of L_pixel, Eq. 7
+    l_identity: float = 0.0       # weight of L_identity, Eq. 8
+    l_tv: float = 1e-6            # weight of L_tv, Eq. 9
+    l_copy: float = 1.0           # weight of the untouched input among D's fakes, Eq. 4
     curriculum: str = "adaptive"  # of r: adaptive (Eq. 11), papers (a step), ramp or none
-    r: float = 0.5           # its highest value: papers and ramp end with it, adaptive may reach it
+    r: float = 0.5                # its highest value: papers and ramp end there, adaptive may
 
     # optimisation
     batch_size: int = 1  # pairs a step, of each process
@@ -965,9 +965,8 @@ class Recorded:
     overwrites. Where recording fails, one line says so, and the function is called as it is.
     """
 
-    def __init__(self, function, memory):
+    def __init__(self, function):
         self.function = function
-        self.memory = memory              # a pool, shared by graphs that run one after the other
         self.calls, self.graph = 0, None  # set back to these, it records anew
 
     def __call__(self, *inputs):
@@ -985,7 +984,7 @@ class Recorded:
         self.inputs = [x.clone() for x in inputs]
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:  # thread_local: loaders pin memory meanwhile
-            with torch.cuda.graph(graph, self.memory, stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self.outputs = self.function(*self.inputs)
             self.graph = graph
         except Exception as error:  # CUDA's, the allocator's, a library's
@@ -1028,9 +1027,8 @@ class Trainer:
             for net in (g_ab, g_ba, *self.d_a.values(), *self.d_b.values()):
                 net.compile(dynamic=False)
         if cuda and config.graph:
-            memory = torch.cuda.graph_pool_handle()
-            self.generator_gradients = Recorded(self.generator_gradients, memory)
-            self.discriminator_gradients = Recorded(self.discriminator_gradients, memory)
+            self.generator_gradients = Recorded(self.generator_gradients)
+            self.discriminator_gradients = Recorded(self.discriminator_gradients)
             self.graphs = [self.generator_gradients, self.discriminator_gradients]
 
         # for the log: a row of figures for each step since its last line, their names, the lines
@@ -1554,7 +1552,7 @@ def make_parser() -> Parser:
     sub.epilog = f"[defaults]: scheme2's; on the drawings, and with --small: {small}"
     add_config_options(sub)
     sub.add_argument("--resume", action="store_true", help="go on from the checkpoint, if any")
-    sub.add_argument("--small", action="store_true", help="small settings, as for the drawings")
+    sub.add_argument("--small", action="store_true", default=None, help="the drawings' settings")
 
     sub = commands.add_parser("translate", help="apply a trained run to images")
     sub.add_argument("run", help="run folder")
@@ -1569,12 +1567,12 @@ def make_parser() -> Parser:
     for name in ("--a", "--b", "--masks-a", "--masks-b"):
         sub.add_argument(name, default="", help="folder; default: testA, masksA beside trainA")
     sub.add_argument("--save", default="", help="new folder for the translations")
-    sub.add_argument("--json", default="", help="file for the figures, too")
+    sub.add_argument("--json", dest="json_file", default="", help="file for the figures, too")
     sub.add_argument("--device", default="auto", help="auto or a PyTorch device")
     return parser
 
 
-def run_train(given: dict, resume=False, small=None):
+def run_train(resume=False, small=None, **given):
     """The command `train`; with --resume of the saved run, where no other is asked for."""
     config = configure(given, small)
     checkpoint = Path(config.out, "checkpoint.pt")
@@ -1604,15 +1602,16 @@ def print_table(results: dict[str, dict]):
         print(f"{name:18}" + "".join(f"{'-' if v is None else f'{v:.4f}':>15}" for v in values))
 
 
-def run_evaluate(json: str, **given):
+def run_evaluate(json_file, **given):
     """The command `evaluate`: prints the figures, a column a direction; writes them to a file."""
-    if json and Path(json).exists() and Path(json).suffix != ".json":
-        raise BadInput(f"--json {json}: exists, and is no .json file")
+    path = Path(json_file)
+    if json_file and path.exists() and (path.suffix != ".json" or path.is_dir()):
+        raise BadInput(f"--json {path}: exists, and is no .json file")
     results = evaluate(**given)
     print_table(results)
-    if json:
-        text = dumps(results, indent=2) + "\n"
-        write_whole(Path(json), lambda file: file.write(text.encode()))
+    if json_file:
+        text = json.dumps(results, indent=2) + "\n"
+        write_whole(path, lambda file: file.write(text.encode()))
 
 
 def main(argv: list[str] | None = None):
@@ -1621,9 +1620,6 @@ def main(argv: list[str] | None = None):
     given = vars(parser.parse_args(argv))
     commands = {"train": run_train, "translate": translate, "evaluate": run_evaluate}
     command = commands[given.pop("command")]
-    if command is run_train:
-        resume, small = given.pop("resume"), given.pop("small") or None
-        given = {"given": given, "resume": resume, "small": small}
     if RANK > 0:  # of torchrun's processes one speaks
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):

@@ -1612,7 +1612,7 @@ def test_thirty_damaged_checkpoints(folders):
         content = file.read_bytes()
         try:
             if i % 2:
-                aggan.run_train(dict(out=str(run), device="cpu"), resume=True)
+                aggan.run_train(resume=True, out=str(run), device="cpu")
             else:
                 image = folders / "testB" / "0.png"
                 aggan.translate(run, [image], "a", folders / "new", device="cpu")
@@ -1675,7 +1675,7 @@ def recorded_trainer(config, monkeypatch, fail=False):
                 graph.parameters = [p for p in parameters if p.grad is not None]
             return outputs
 
-        return aggan.Recorded(called, None)
+        return aggan.Recorded(called)
 
     g, d = trainer.generator_gradients, trainer.discriminator_gradients
     trainer.generator_gradients = recording(g, trainer.g_parameters)
@@ -2256,7 +2256,7 @@ def test_documents_commands_are_understood():
     for line in commands:
         given = vars(aggan.make_parser().parse_args(shlex.split(line)))
         if given.pop("command") == "train":
-            small = given.pop("small") or None
+            small = given.pop("small")
             given.pop("resume")
             aggan.check(aggan.configure(given, small))
 

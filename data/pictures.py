@@ -112,7 +112,7 @@ def main(argv=None):
         for name, options in MODELS.items():
             runs[name] = "runs/pictures/" + name.replace(", ", "-")
             given = {"model": name, **options, "out": runs[name], "save_every": 100}
-            aggan.run_train(given, resume=True)  # does nothing where it is done
+            aggan.run_train(resume=True, **given)  # does nothing where it is done
         draw(runs, folder)
     except (aggan.BadInput, OSError) as error:
         parser.exit(getattr(error, "status", 2), f"{parser.prog}: {error}\n")
