@@ -921,10 +921,8 @@ class UnpairedImages(Dataset):
             raise BadInput(f"{paths[0].parent}: not one usable image")
 
         rng = random.Random(f"{self.seed} {domain} {i}")
-        left, top = (
-            rng.randint(0, image.width - self.size),
-            rng.randint(0, image.height - self.size),
-        )
+        left = rng.randint(0, image.width - self.size)
+        top = rng.randint(0, image.height - self.size)
         image = image.crop((left, top, left + self.size, top + self.size))
         return to_tensor(ImageOps.mirror(image) if rng.random() < 0.5 else image)
 
