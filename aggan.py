@@ -1125,10 +1125,12 @@ class Trainer:
 
     def check_finite(self):
         """BadInput where a figure since the last line of the log, or a weight, is not finite."""
-        wrong = [name for name, p in self.nets.named_parameters() if not p.isfinite().all()]
+        names, weights = zip(*self.nets.named_parameters())
+        finite = torch.stack([weight.isfinite().all() for weight in weights]).tolist()  # waits once
+        wrong = [name for name, fine in zip(names, finite) if not fine]
         if self.rows:
-            sums = torch.stack(self.rows).sum(0)
-            wrong = [k for k, value in zip(self.names, sums) if not value.isfinite()] + wrong
+            sums = torch.stack(self.rows).sum(0).tolist()
+            wrong = [k for k, value in zip(self.names, sums) if not math.isfinite(value)] + wrong
         if wrong:
             cure = "try a new run with a lower --lr, or --precision fp32"
             raise BadInput(f"step {self.done}: {wrong[0]} is not finite; not saved; {cure}", 1)

@@ -1,22 +1,21 @@
-"""Times the training step: python data/bench.py [options of train] [--json FILE]
+"""Times the training step: python data/bench.py [options of train] [--small] [--json FILE]
 
-A row is a way to run `Trainer.step` as it is: in eager float32, in the chosen --precision, on CUDA
-recorded as a graph, with --compile compiled too. Full settings, unless --small is given. Figures:
+`Trainer.step` runs as it is, on random images, with full settings or (--small) the drawings'.
+Columns: in eager float32; in --precision; on CUDA as a graph, with --compile compiled too. Rows:
 
-    ms_a_step, ms_spread   median and interquartile range over rounds, in which the rows take turns
+    ms_a_step, ms_spread   median and interquartile range; the columns take turns
     pairs_a_second         pairs of images, --batch-size a step
     peak_gib               CUDA: the most memory that building a trainer and its first steps took
-    share                  of the rate at which one large matrix product runs in the row's precision
+    share                  of the rate at which one large matrix product runs in the same precision
 """
 
-import dataclasses
 import json
-import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import Measurement, Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,56 +23,58 @@ import aggan  # noqa: E402
 
 
 def variants(config, cuda):
-    plain = dataclasses.replace(config, precision="fp32", graph=False, compile=False)
-    chosen = dataclasses.replace(plain, precision=config.precision)
-    rows = {"eager float32": plain}
-    if cuda or config.precision not in ("auto", "fp32"):
-        rows[f"eager, {config.precision}"] = chosen
+    plain = replace(config, precision="fp32", graph=False, compile=False)
+    chosen = replace(plain, precision=config.precision)
+    yield "eager float32", plain
+    if config.precision != "fp32" and (cuda or config.precision != "auto"):
+        yield f"eager, {config.precision}", chosen
     if cuda and config.graph:
-        rows["graph"] = dataclasses.replace(chosen, graph=True)
+        yield "graph", replace(chosen, graph=True)
     if cuda and config.compile:
-        rows["compiled"] = dataclasses.replace(chosen, graph=config.graph, compile=True)
-    return rows
+        yield "graph+compile" if config.graph else "compile", config
 
 
-def median_seconds(statement, **names):
-    timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=0.2).median
+def start(config, images):
+    """-> a trainer past its first steps, and on CUDA the most memory that it took, in GiB."""
+    if images.is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    trainer = aggan.Trainer(config, 10**9, images.device)
+    for _ in range(5 if images.is_cuda else 1):  # compiles, records
+        trainer.step(*images)
+    return trainer, (torch.cuda.max_memory_allocated() - before) / 2**30 if images.is_cuda else None
+
+
+def timed(statement, **names):
+    return Timer(statement, globals=names, num_threads=torch.get_num_threads()).blocked_autorange()
 
 
 def bench(config, device, rounds=5):
-    torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions may
-    cuda = device.type == "cuda"
-    shape = (config.batch_size, 3, config.size, config.size)
-    images = [torch.rand(shape, device=device) * 2 - 1 for _ in "ab"]
-    trainers, peaks, times = {}, {}, {}
-    for row, changed in variants(config, cuda).items():
-        before = torch.cuda.memory_allocated() if cuda else 0
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        trainers[row], times[row] = aggan.Trainer(changed, 10**9, device), []
-        for _ in range(5 if cuda else 1):  # compiles, records
-            trainers[row].step(*images)
-        peaks[row] = (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else None
-
-    for _ in range(rounds):
-        for row, trainer in trainers.items():
-            times[row].append(
-                median_seconds("trainer.step(*images)", trainer=trainer, images=images)
-            )
-            trainer.rows = []  # a row of figures a step
+    """-> {column: {row: figure}}; None where it is not measured."""
+    images = torch.rand((2, config.batch_size, 3, config.size, config.size), device=device) * 2 - 1
+    columns = {name: start(c, images) for name, c in variants(config, images.is_cuda)}
 
     with FlopCounterMode(display=False) as counter:
-        trainers["eager float32"].step(*images)
-    results = {}
-    for row, trainer in trainers.items():
-        low, median, high = statistics.quantiles(times[row], n=4)
-        n = 8192 if cuda else 1024
-        a = torch.randn(n, n, device=device, dtype=trainer.dtype or torch.float32)
-        share = counter.get_total_flops() / median / (2 * n**3 / median_seconds("a @ a", a=a))
-        results[row] = {"ms_a_step": 1e3 * median, "ms_spread": 1e3 * (high - low)}
-        pairs = config.batch_size / median
-        results[row] |= {"pairs_a_second": pairs, "peak_gib": peaks[row], "share": share}
+        columns["eager float32"][0].step(*images)
+    flop = counter.get_total_flops()
+    what = f"{config.model}, {config.objective}, {config.size} px, batch {config.batch_size}"
+    where = torch.cuda.get_device_name() if images.is_cuda else device.type
+    aggan.say(f"{what}, {where}, PyTorch {torch.__version__}, {flop / 1e12:.3g} TFLOP a step")
+
+    times = {name: [] for name in columns}
+    for _ in range(rounds):
+        for name, (trainer, _) in columns.items():
+            times[name].append(timed("trainer.step(*images)", trainer=trainer, images=images))
+            trainer.rows = []  # a step adds one
+
+    results, n = {}, 8192 if images.is_cuda else 1024
+    torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions may
+    for name, (trainer, peak) in columns.items():
+        step, a = Measurement.merge(times[name])[0], torch.randn(n, n, device=device)
+        product = timed("a @ a", a=a.to(trainer.dtype or torch.float32))
+        results[name] = {"ms_a_step": 1e3 * step.median, "ms_spread": 1e3 * step.iqr}
+        results[name] |= {"pairs_a_second": config.batch_size / step.median, "peak_gib": peak}
+        results[name]["share"] = flop / step.median / (2 * n**3 / product.median)
     return results
 
 
@@ -86,16 +87,13 @@ def main(argv=None):
     file, small = given.pop("json"), given.pop("small")
     try:
         config = aggan.check(aggan.configure(given, small))
-        device = aggan.pick_device(config.device)
+        results = bench(config, aggan.pick_device(config.device))
+        aggan.print_table(results)
+        text = json.dumps(results, indent=2) + "\n"
+        if file:
+            aggan.write_whole(Path(file), lambda out: out.write(text.encode()))
     except aggan.BadInput as error:
-        parser.error(str(error))
-
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{config.model}, {config.size} px, batch {config.batch_size}, {where}")
-    results = bench(config, device)
-    aggan.print_table(results)
-    if file:
-        Path(file).write_text(json.dumps(results, indent=2) + "\n")
+        parser.exit(error.status, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Downloads a data set of the CycleGAN family and leaves it ready for training.
 
-python data/download.py horse2zebra
-python aggan.py train --a data/horse2zebra/trainA --b data/horse2zebra/trainB
+    python data/download.py horse2zebra
+    python aggan.py train --a data/horse2zebra/trainA --b data/horse2zebra/trainB
+
+data/README.md lists the sets, with their sizes.
 """
 
 import argparse
@@ -28,6 +30,7 @@ SETS = (
     "vangogh2photo",
 )
 PARTS = "trainA", "trainB", "testA", "testB"
+DAMAGED = zipfile.BadZipFile, zlib.error, EOFError, RuntimeError  # the last: encrypted
 
 
 def download(name, folder, host=HOST):
@@ -39,27 +42,20 @@ def download(name, folder, host=HOST):
     """
     target, url = Path(folder, name), f"{host}/{name}.zip"
     if target.exists():
-        raise FileExistsError(
-            f"{target}: exists already; remove it first, or name another --folder"
-        )
+        line = f"{target}: exists already; remove it first, or name another --folder"
+        raise FileExistsError(line)
+
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as beside:
         try:
             download_and_extract_archive(url, beside)
-        except (
-            zipfile.BadZipFile,
-            zlib.error,
-            EOFError,
-            RuntimeError,
-        ) as error:  # RuntimeError: encrypted
-            # torchvision takes a connection that broke for the end
+        except DAMAGED as error:  # torchvision takes a connection that broke for the end
             raise ValueError(f"{url}: did not arrive whole ({error}); try again") from None
         except (OSError, http.client.HTTPException) as error:
             raise OSError(f"{url}: not downloaded ({' '.join(str(error).split())})") from None
+
         new = Path(beside, name)
-        missing = [
-            part for part in PARTS if not (new / part).is_dir() or not any((new / part).iterdir())
-        ]
+        missing = [part for part in PARTS if not any((new / part).glob("*"))]
         if missing:
             raise ValueError(f"{url}: has no {', '.join(missing)}")
         new.rename(target)
@@ -68,17 +64,14 @@ def download(name, folder, host=HOST):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.error = lambda line: parser.exit(
-        2, f"{parser.prog}: error: {line}\n"
-    )  # one line, without usage
+    # one line, without usage
+    parser.error = lambda line: parser.exit(2, f"{parser.prog}: error: {line}\n")
+    here = Path(__file__).parent
     parser.add_argument("name", choices=SETS, help="which one: " + ", ".join(SETS), metavar="name")
-    parser.add_argument(
-        "--folder", default=Path(__file__).parent, help="where to; default: this script's"
-    )
-    parser.add_argument(
-        "--host", default=HOST, help="address that NAME.zip is under; default: %(default)s"
-    )
+    parser.add_argument("--folder", default=here, help="where to; default: this script's")
+    parser.add_argument("--host", default=HOST, help="address of NAME.zip; default: %(default)s")
     options = parser.parse_args(argv)
+
     socket.setdefaulttimeout(60)  # seconds of silence
     try:
         target = download(options.name, options.folder, options.host)

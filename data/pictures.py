@@ -34,6 +34,7 @@ def grid(run, step):
     path = Path(run, "samples", f"{step:07}.png")
     if step:
         return Image.open(path).convert("RGB")
+
     config = aggan.load_checkpoint(run)["config"]
     shown = aggan.sample_images(config)
     nets = aggan.Trainer(config, 1, aggan.pick_device("cpu")).nets
@@ -46,14 +47,17 @@ def table(rows, above=(), left=()):
     font, (width, height) = ImageFont.load_default(EDGE - 2), rows[0][0].size
     x0 = 4 + round(max((font.getlength(text) for text in left), default=-4))
     y0 = EDGE + 2 if above else 0
-    picture = Image.new(
-        "RGB", (x0 + len(rows[0]) * (width + 2), y0 + len(rows) * (height + 2)), "white"
-    )
+    size = x0 + len(rows[0]) * (width + 2), y0 + len(rows) * (height + 2)
+    picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
+
+    # texts
     for k, text in enumerate(above):
         draw.text((x0 + k * (width + 2) + width // 2, y0 // 2), text, "black", font, anchor="mm")
     for k, text in enumerate(left):
         draw.text((0, y0 + k * (height + 2) + height // 2), text, "black", font, anchor="lm")
+
+    # images
     for k, row in enumerate(rows):
         for n, image in enumerate(row):
             picture.paste(image, (x0 + n * (width + 2), y0 + k * (height + 2)))
@@ -61,52 +65,48 @@ def table(rows, above=(), left=()):
 
 
 def tiles(picture, row, columns, scale=1):
-    """Panels of a sample grid: columns 0 to 3 are A -> B's input, attention, content, translation,
-    columns 4 to 7 B -> A's."""
+    """Panels of one row of a sample grid, enlarged.
+
+    Columns 0 to 3 are A -> B's input, attention, content, translation, columns 4 to 7 B -> A's.
+    """
     side = (picture.width - 2) // 8 - 2
+    found = []
     for k in columns:
         x, y = 2 + k * (side + 2), 2 + row * (side + 2)
         tile = picture.crop((x, y, x + side, y + side))
-        yield tile.resize((side * scale,) * 2, Image.Resampling.BICUBIC)
+        found.append(tile.resize((side * scale,) * 2, Image.Resampling.BICUBIC))
+    return found
 
 
 def draw(runs, folder, steps=STEPS):
     """runs: name of a model -> its run folder, the default first. Writes the three pictures."""
     last = {name: grid(run, steps[-1]) for name, run in runs.items()}
-    first, run = next(iter(last.values())), next(iter(runs.values()))
+    default = next(iter(runs))
     names = "input", "attention", "content", "translation"
-    table([[*tiles(first, row, range(8), 2)] for row in (0, 1)], names * 2).save(
-        Path(folder, "strip.png")
-    )
-    columns = 0, 1, 3, 4, 5, 7
-    table(
-        [[*tiles(picture, 2, columns, 2)] for picture in last.values()],
-        [names[k % 4] for k in columns],
-        list(last),
-    ).save(Path(folder, "family.png"))
-    grids = [grid(run, step) for step in steps]
-    table(
-        [
-            [
-                *tiles(grids[0], 0, [column]),
-                *(tile for g in grids for tile in tiles(g, 0, [column + 1])),
-            ]
-            for column in (0, 4)
-        ],
-        ["step", *map(str, steps)],
-    ).save(Path(folder, "attention.png"))
+
+    rows = [tiles(last[default], row, range(8), scale=2) for row in (0, 1)]
+    table(rows, above=names * 2).save(Path(folder, "strip.png"))
+
+    columns = 0, 1, 3, 4, 5, 7  # all but the contents
+    rows = [tiles(picture, 2, columns, scale=2) for picture in last.values()]
+    above = [names[k % 4] for k in columns]
+    table(rows, above, left=list(last)).save(Path(folder, "family.png"))
+
+    # an input, then its attention over the steps
+    grids, rows = [grid(runs[default], step) for step in steps], []
+    for column in (0, 4):
+        masks = [tiles(picture, 0, [column + 1])[0] for picture in grids]
+        rows.append([*tiles(grids[0], 0, [column]), *masks])
+    table(rows, above=["step", *map(str, steps)]).save(Path(folder, "attention.png"))
 
 
 def main(argv=None):
-    parser = aggan.Parser(
-        description=__doc__.splitlines()[0],
-        epilog="What runs/pictures has not got "
-        "of the family on the mini set is trained first: half an hour on two cores.",
-    )
-    parser.add_argument(
-        "folder", nargs="?", default=Path(__file__).parent, help="default: this script's"
-    )
+    parser = aggan.Parser(description=__doc__.splitlines()[0])
+    parser.epilog = "Runs that runs/pictures lacks are trained first: half an hour on two cores."
+    here = Path(__file__).parent
+    parser.add_argument("folder", nargs="?", default=here, help="default: this script's")
     folder, runs = Path(parser.parse_args(argv).folder), {}
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, options in MODELS.items():
