@@ -55,7 +55,9 @@ def download(name, folder, host=HOST):
             raise OSError(f"{url}: not downloaded ({' '.join(str(error).split())})") from None
 
         new = Path(beside, name)
-        missing = [part for part in PARTS if not any((new / part).glob("*"))]
+        missing = [
+            part for part in PARTS if not (new / part).is_dir() or not any((new / part).iterdir())
+        ]
         if missing:
             raise ValueError(f"{url}: has no {', '.join(missing)}")
         new.rename(target)
@@ -69,7 +71,8 @@ def main(argv=None):
     here = Path(__file__).parent
     parser.add_argument("name", choices=SETS, help="which one: " + ", ".join(SETS), metavar="name")
     parser.add_argument("--folder", default=here, help="where to; default: this script's")
-    parser.add_argument("--host", default=HOST, help="address of NAME.zip; default: %(default)s")
+    where = "address that NAME.zip is under; default: %(default)s"
+    parser.add_argument("--host", default=HOST, help=where)
     options = parser.parse_args(argv)
 
     socket.setdefaulttimeout(60)  # seconds of silence

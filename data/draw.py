@@ -18,6 +18,23 @@ SIZE = 128  # side of the finished images
 SCALE = 4  # drawn this much larger, then reduced: smooth edges
 FULL = SIZE * SCALE
 
+# hue, saturation, value
+SKIES = [
+    (205, 0.45, 0.92),
+    (190, 0.35, 0.90),
+    (222, 0.40, 0.85),
+    (285, 0.25, 0.85),
+    (322, 0.28, 0.93),
+]
+GROUNDS = [
+    (105, 0.50, 0.68),
+    (85, 0.52, 0.74),
+    (130, 0.42, 0.60),
+    (64, 0.42, 0.86),
+    (165, 0.35, 0.68),
+    (300, 0.22, 0.72),
+]
+
 
 def hsv(hue, saturation, value):
     """Hue in degrees, the others in [0, 1] -> an RGB tuple of bytes."""
@@ -37,81 +54,56 @@ def gradient(top, bottom, size):
 def draw_background(rng):
     """Sky, hills, ground, plants. Green, blue, violet, pink, yellow: no brown, white, black."""
     horizon = round(FULL * rng.uniform(0.30, 0.52))
-    sky = rng.choice(
-        [
-            (205, 0.45, 0.92),
-            (190, 0.35, 0.90),
-            (222, 0.40, 0.85),
-            (285, 0.25, 0.85),
-            (322, 0.28, 0.93),
-        ]
-    )
+
+    # sky
+    hue, saturation, value = rng.choice(SKIES)
     top = hsv(
-        sky[0] + rng.uniform(-8, 8), sky[1] + rng.uniform(0, 0.15), sky[2] - rng.uniform(0, 0.15)
+        hue + rng.uniform(-8, 8),
+        saturation + rng.uniform(0, 0.15),
+        value - rng.uniform(0, 0.15),
     )
-    image = gradient(
-        top, blend(top, hsv(sky[0] - 15, 0.14, 0.96), rng.uniform(0.3, 0.8)), (FULL, FULL)
-    )
+    low = blend(top, hsv(hue - 15, 0.14, 0.96), rng.uniform(0.3, 0.8))
+    cloud = blend(top, hsv(hue, 0.18, 0.97), 0.7)
+    image = gradient(top, low, (FULL, FULL))
     draw = ImageDraw.Draw(image)
     if rng.random() < 0.5:  # a low sun
         x, r = rng.uniform(0.1, 0.9) * FULL, rng.uniform(0.04, 0.08) * FULL
         y = horizon - rng.uniform(0.4, 2.5) * r
         draw.ellipse((x - r, y - r, x + r, y + r), fill=hsv(rng.uniform(44, 54), 0.45, 0.98))
     for _ in range(rng.randint(0, 3)):  # clouds, tinted with the sky
-        x, y, r = (
-            rng.uniform(0, FULL),
-            rng.uniform(0.03, 0.6) * horizon,
-            rng.uniform(0.03, 0.06) * FULL,
-        )
+        x, y = rng.uniform(0, FULL), rng.uniform(0.03, 0.6) * horizon
+        r = rng.uniform(0.03, 0.06) * FULL
         for k in range(4):
-            cx, cy, cr = (
-                x + (k - 1.5) * r * 1.1,
-                y + rng.uniform(-0.3, 0.3) * r,
-                r * rng.uniform(0.6, 1),
-            )
-            draw.ellipse(
-                (cx - cr * 1.3, cy - cr * 0.7, cx + cr * 1.3, cy + cr * 0.7),
-                fill=blend(top, hsv(sky[0], 0.18, 0.97), 0.7),
-            )
+            cx, cy = x + (k - 1.5) * r * 1.1, y + rng.uniform(-0.3, 0.3) * r
+            cr = r * rng.uniform(0.6, 1)
+            box = (cx - cr * 1.3, cy - cr * 0.7, cx + cr * 1.3, cy + cr * 0.7)
+            draw.ellipse(box, fill=cloud)
+
+    # hills
     hill_hue = rng.choice([135, 165, 205, 235, 265])
     for layer in range(rng.randint(1, 3)):
         colour = hsv(hill_hue + rng.uniform(-8, 8), 0.25 + 0.10 * layer, 0.76 - 0.09 * layer)
-        base, phase, waves = (
-            horizon - (2 - layer) * 0.04 * FULL,
-            rng.uniform(0, 6.3),
-            rng.uniform(0.8, 2.2),
-        )
+        base = horizon - (2 - layer) * 0.04 * FULL
+        phase, waves = rng.uniform(0, 6.3), rng.uniform(0.8, 2.2)
         height = rng.uniform(0.03, 0.09) * FULL
         line = [
             (x, base - height * (1 + math.sin(phase + waves * 6.3 * x / FULL)) / 2)
             for x in range(0, FULL + 1, 8)
         ]
         draw.polygon([(0, FULL), *line, (FULL, FULL)], fill=colour)
-    hue, saturation, value = rng.choice(
-        [
-            (105, 0.50, 0.68),
-            (85, 0.52, 0.74),
-            (130, 0.42, 0.60),
-            (64, 0.42, 0.86),
-            (165, 0.35, 0.68),
-            (300, 0.22, 0.72),
-        ]
-    )
+
+    # ground
+    hue, saturation, value = rng.choice(GROUNDS)
     hue, saturation = hue + rng.uniform(-6, 6), saturation + rng.uniform(-0.05, 0.05)
     ground = hsv(hue, saturation, value + rng.uniform(-0.05, 0.05))
     near = blend(ground, hsv(hue, saturation, 0.45), rng.uniform(0.3, 0.7))
     image.paste(gradient(ground, near, (FULL, FULL - horizon)), (0, horizon))
+
     for _ in range(rng.randint(0, 3)):  # trees stand on the horizon
-        x, y, h = (
-            rng.uniform(0, FULL),
-            horizon + rng.uniform(0, 0.05) * FULL,
-            rng.uniform(0.12, 0.26) * FULL,
-        )
-        leaf = hsv(
-            rng.choice([100, 125, 150, 175, 275]) + rng.uniform(-8, 8),
-            0.45,
-            rng.uniform(0.42, 0.65),
-        )
+        x, y = rng.uniform(0, FULL), horizon + rng.uniform(0, 0.05) * FULL
+        h = rng.uniform(0.12, 0.26) * FULL
+        leaf_hue = rng.choice([100, 125, 150, 175, 275]) + rng.uniform(-8, 8)
+        leaf = hsv(leaf_hue, 0.45, rng.uniform(0.42, 0.65))
         trunk = blend(leaf, hsv(250, 0.4, 0.35), 0.6)
         draw.rectangle((x - 0.05 * h, y - 0.5 * h, x + 0.05 * h, y), fill=trunk)
         if rng.random() < 0.4:
@@ -122,25 +114,23 @@ def draw_background(rng):
             for _ in range(6):
                 cx, cy = x + rng.uniform(-0.22, 0.22) * h, y - rng.uniform(0.5, 0.9) * h
                 r = rng.uniform(0.14, 0.22) * h
-                draw.ellipse(
-                    (cx - r, cy - r, cx + r, cy + r), fill=blend(leaf, ground, rng.uniform(0, 0.25))
-                )
+                colour = blend(leaf, ground, rng.uniform(0, 0.25))
+                draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=colour)
+
     for _ in range(rng.randint(30, 90)):  # tufts of grass, larger when nearer
         y = horizon + (FULL - horizon) * rng.random() ** 0.8
         x, r = rng.uniform(0, FULL), (0.01 + 0.03 * (y - horizon) / FULL) * FULL
-        colour = blend(
-            ground, hsv(hue + rng.uniform(-15, 15), saturation, 0.42), rng.uniform(0.2, 0.7)
-        )
+        dark = hsv(hue + rng.uniform(-15, 15), saturation, 0.42)
+        colour = blend(ground, dark, rng.uniform(0.2, 0.7))
         for k in (-1, 0, 1):
-            draw.polygon(
-                [(x - 0.3 * r, y), (x + 0.3 * r, y), (x + k * r, y - 1.4 * r)], fill=colour
-            )
+            blade = [(x - 0.3 * r, y), (x + 0.3 * r, y), (x + k * r, y - 1.4 * r)]
+            draw.polygon(blade, fill=colour)
+
     for _ in range(rng.randint(0, 10)):  # flowers
         y, x = rng.uniform(horizon + 0.05 * FULL, FULL), rng.uniform(0, FULL)
         r = rng.uniform(0.006, 0.012) * FULL
-        draw.ellipse(
-            (x - r, y - r, x + r, y + r), fill=hsv(rng.choice([52, 330, 285, 215]), 0.55, 0.95)
-        )
+        colour = hsv(rng.choice([52, 330, 285, 215]), 0.55, 0.95)
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
     return image
 
 
@@ -162,6 +152,8 @@ def draw_animal(rng, image, mask, striped, place_x, ground_y, length):
     body, far, hair = (Image.new("L", image.size) for _ in range(3))
     near_draw, far_draw, hair_draw = map(ImageDraw.Draw, (body, far, hair))
     u = length
+
+    # legs and trunk
     leg, fat = rng.uniform(0.44, 0.56) * u, rng.uniform(0.22, 0.27) * u
     back, front = x - 0.38 * u, x + 0.38 * u
     y = ground_y - leg - 0.7 * fat
@@ -169,18 +161,12 @@ def draw_animal(rng, image, mask, striped, place_x, ground_y, length):
         for painter, offset in ((near_draw, -0.03), (far_draw, 0.05)):
             swing, top = rng.uniform(-0.20, 0.20) * u, hip + offset * u
             knee = (top + 0.35 * swing + bend * u, y + 0.55 * (ground_y - y))
-            capsule(
-                painter,
-                [(top, y), knee, (top + swing, ground_y - 0.045 * u)],
-                [0.14 * u, 0.09 * u, 0.072 * u],
-                255,
-            )
-    capsule(
-        near_draw,
-        [(back, y - 0.02 * u), (x, y + 0.03 * u), (front, y)],
-        [fat, 0.97 * fat, fat],
-        255,
-    )
+            hoof = (top + swing, ground_y - 0.045 * u)
+            capsule(painter, [(top, y), knee, hoof], [0.14 * u, 0.09 * u, 0.072 * u], 255)
+    spine = [(back, y - 0.02 * u), (x, y + 0.03 * u), (front, y)]
+    capsule(near_draw, spine, [fat, 0.97 * fat, fat], 255)
+
+    # neck, head, ears
     angle = rng.uniform(-0.55, 1.25)  # of the neck: grazing to proud
     neck = rng.uniform(0.42, 0.52) * u
     root = (front + 0.06 * u, y - 0.06 * u)
@@ -191,31 +177,27 @@ def draw_animal(rng, image, mask, striped, place_x, ground_y, length):
     capsule(near_draw, [poll, muzzle], [0.12 * u, 0.08 * u], 255)
     for shift in (-0.05, 0.04):
         ear = (poll[0] + shift * u - 0.03 * u, poll[1] - 0.09 * u)
-        near_draw.polygon(
-            [
-                (ear[0] - 0.04 * u, ear[1] + 0.03 * u),
-                (ear[0] + 0.04 * u, ear[1] + 0.03 * u),
-                (ear[0] - 0.01 * u, ear[1] - 0.12 * u),
-            ],
-            fill=255,
-        )
+        corners = [
+            (ear[0] - 0.04 * u, ear[1] + 0.03 * u),
+            (ear[0] + 0.04 * u, ear[1] + 0.03 * u),
+            (ear[0] - 0.01 * u, ear[1] - 0.12 * u),
+        ]
+        near_draw.polygon(corners, fill=255)
+
+    # mane and tail
     normal = (-math.sin(angle), -math.cos(angle))
-    capsule(
-        hair_draw,
-        [
-            (root[0] + 0.13 * u * normal[0], root[1] + 0.13 * u * normal[1]),
-            (poll[0] + 0.09 * u * normal[0], poll[1] + 0.09 * u * normal[1]),
-        ],
-        [0.05 * u, 0.045 * u],
-        255,
-    )
+    mane = [
+        (root[0] + 0.13 * u * normal[0], root[1] + 0.13 * u * normal[1]),
+        (poll[0] + 0.09 * u * normal[0], poll[1] + 0.09 * u * normal[1]),
+    ]
+    capsule(hair_draw, mane, [0.05 * u, 0.045 * u], 255)
     rump = (back - 0.85 * fat, y - 0.10 * u)
     sway = rng.uniform(-0.16, 0.02) * u
-    middle, tip = (
-        (rump[0] - 0.08 * u + sway, rump[1] + 0.2 * u),
-        (rump[0] + sway, rump[1] + 0.42 * u),
-    )
+    middle = (rump[0] - 0.08 * u + sway, rump[1] + 0.2 * u)
+    tip = (rump[0] + sway, rump[1] + 0.42 * u)
     capsule(hair_draw, [rump, middle, tip], [0.04 * u, 0.055 * u, 0.04 * u], 255)
+
+    # coat
     if striped:
         light = hsv(45, rng.uniform(0, 0.05), rng.uniform(0.93, 1))
         dark = hsv(260, 0.1, rng.uniform(0.06, 0.16))
@@ -245,6 +227,7 @@ def draw_animal(rng, image, mask, striped, place_x, ground_y, length):
         coat = Image.new("RGB", image.size, belly)
         coat.paste(light, (0, 0, FULL, round(y - 1.1 * fat)))
         coat.paste(gradient(light, belly, (FULL, round(2.2 * fat))), (0, round(y - 1.1 * fat)))
+
     shadow = Image.new("L", image.size)
     box = (centre - 0.75 * u, ground_y - 0.05 * u, centre + 0.75 * u, ground_y + 0.07 * u)
     ImageDraw.Draw(shadow).ellipse(box, fill=90)
@@ -256,16 +239,15 @@ def draw_animal(rng, image, mask, striped, place_x, ground_y, length):
         matrix = (-1, 0, x + centre, 0, 1, 0) if flip else (1, 0, x - centre, 0, 1, 0)
         return layer.transform(layer.size, Image.Transform.AFFINE, matrix)
 
+    # all of it into the image, from the back to the front
     image.paste(hsv(235, 0.45, 0.25), mask=shadow)
     image.paste(place(coat.point(lambda v: round(0.82 * v))), mask=place(far))
     image.paste(Image.new("RGB", image.size, tail), mask=place(hair))
     image.paste(place(coat), mask=place(body))
     eye = Image.new("L", image.size)
-    ex, ey, r = (
-        poll[0] + 0.07 * u * math.cos(tilt),
-        poll[1] - 0.07 * u * math.sin(tilt) - 0.02 * u,
-        0.022 * u,
-    )
+    ex = poll[0] + 0.07 * u * math.cos(tilt)
+    ey = poll[1] - 0.07 * u * math.sin(tilt) - 0.02 * u
+    r = 0.022 * u
     ImageDraw.Draw(eye).ellipse((ex - r, ey - r, ex + r, ey + r), fill=255)
     image.paste((25, 20, 25), mask=place(eye))
     mask.paste(255, mask=place(silhouette))
@@ -280,15 +262,14 @@ def draw_scene(seed, striped):
         places, shortest, longest = [rng.uniform(0.40, 0.60)], 0.36, 0.47
     else:
         places, shortest, longest = [rng.uniform(0.22, 0.28), rng.uniform(0.72, 0.78)], 0.25, 0.29
+
     for place in places:
         length = rng.uniform(shortest, longest) * FULL
         ground_y = rng.uniform(0.72, 0.95) * FULL
         draw_animal(rng, image, mask, striped, place * FULL, ground_y, length)
-    size = (SIZE, SIZE)
-    return (
-        image.resize(size, Image.Resampling.BOX),
-        mask.resize(size, Image.Resampling.BOX).point(lambda v: 255 * (v >= 128)).convert("1"),
-    )
+
+    small = [layer.resize((SIZE, SIZE), Image.Resampling.BOX) for layer in (image, mask)]
+    return small[0], small[1].point(lambda v: 255 * (v >= 128)).convert("1")
 
 
 def draw_set(folder, train=300, test=60):
@@ -298,6 +279,7 @@ def draw_set(folder, train=300, test=60):
             images.mkdir(parents=True, exist_ok=True)
             if split == "test":
                 masks.mkdir(exist_ok=True)
+
             for i in range(count):
                 image, mask = draw_scene(f"{split}{domain}{i}", striped)
                 image.save(images / f"{i:03}.jpg", quality=88, subsampling=0)
@@ -307,9 +289,8 @@ def draw_set(folder, train=300, test=60):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "folder", nargs="?", default=Path(__file__).parent, help="default: this script's"
-    )
+    here = Path(__file__).parent
+    parser.add_argument("folder", nargs="?", default=here, help="default: this script's")
     parser.add_argument("--train", type=int, default=300, help="training images a domain")
     parser.add_argument("--test", type=int, default=60, help="test images a domain")
     options = parser.parse_args()
