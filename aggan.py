@@ -45,6 +45,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import inspect
 import json
 import math
@@ -813,13 +814,17 @@ def say(line, file=None):
         print(line, file=file, flush=True)
 
 
+def brief(error) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 @contextlib.contextmanager
 def reading(path, failure="not a checkpoint that this can use"):
     """Within, whatever goes wrong is the file's fault, and BadInput, as it can raise anything."""
     try:
         yield
     except Exception as error:
-        raise BadInput(f"{path}: {failure} ({' '.join(str(error).split())[:200]})") from None
+        raise BadInput(f"{path}: {failure} ({brief(error)})") from None
 
 
 def attempt(function, path, *arguments):
@@ -960,11 +965,12 @@ class Recorded:
     """A function of CUDA tensors, called like it: the fourth call records it as a CUDA graph.
 
     From then on it is replayed, one launch in place of thousands; what a replay returns, the next
-    overwrites. Where recording fails, one line says so, and the function is called as it is.
+    overwrites. Where recording fails, or the first replay returns what an eager call does not, one
+    line says so, and the function is called as it is. state: tensors that it changes in place.
     """
 
-    def __init__(self, function):
-        self.function = function
+    def __init__(self, function, state=()):
+        self.function, self.state = function, list(state)
         self.calls, self.graph = 0, None  # set back to these, it records anew
 
     def __call__(self, *inputs):
@@ -980,13 +986,34 @@ class Recorded:
 
     def record(self, inputs):
         self.inputs = [x.clone() for x in inputs]
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        try:  # thread_local: loaders pin memory meanwhile
+        before = [x.clone() for x in self.state]
+        gc.collect()  # memory that is freed in the middle would spoil it
+        try:
+            expected = self.function(*inputs)
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            # thread_local: loaders pin memory meanwhile
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self.outputs = self.function(*self.inputs)
+            graph.replay()
+            close = dict(rtol=0.05, atol=0.05, equal_nan=True)  # far above what rounding does
+            torch.testing.assert_close(self.outputs, expected, **close)
             self.graph = graph
         except Exception as error:  # CUDA's, the allocator's, a library's
-            say(f"no CUDA graph, going on without: {str(error).splitlines()[:1]}", sys.stderr)
+            self.inputs = self.outputs = None
+            say(f"no CUDA graph, going on without: {brief(error)}", sys.stderr)
+        for x, old in zip(self.state, before):
+            x.copy_(old)
+
+
+def or_eager(function, *inputs):
+    """function(*inputs), of compiled networks; where that fails, one line, and again without."""
+    try:
+        return function(*inputs)
+    except Exception as error:  # whatever a compiler raises, in a forward or a backward
+        failure = brief(error)
+    say(f"torch.compile failed, going on without: {failure}", sys.stderr)
+    torch.compiler.set_stance("force_eager")
+    return function(*inputs)
 
 
 class Trainer:
@@ -1022,12 +1049,13 @@ class Trainer:
         torch.backends.cudnn.benchmark = True  # all batches have one shape
         self.graphs = []
         if cuda and config.compile:
+            say("--compile: the first steps take minutes")
+            torch.compiler.set_stance("default")
             for net in (g_ab, g_ba, *self.d_a.values(), *self.d_b.values()):
                 net.compile(dynamic=False)
-        if cuda and config.graph:
-            self.generator_gradients = Recorded(self.generator_gradients)
-            self.discriminator_gradients = Recorded(self.discriminator_gradients)
-            self.graphs = [self.generator_gradients, self.discriminator_gradients]
+        if cuda:
+            self.generator_gradients = self.fast(self.generator_gradients)
+            self.discriminator_gradients = self.fast(self.discriminator_gradients)
 
         # for the log: a row of figures for each step since its last line, their names, the lines
         self.rows, self.names, self.log = [], [], []
@@ -1107,6 +1135,15 @@ class Trainer:
                 gradient.copy_(new.view_as(gradient))
         optimizer.param_groups[0]["lr"] = learning_rate(self.config, self.done / self.total)
         self.scaler.step(optimizer)
+
+    def fast(self, function):
+        """The same function, of compiled networks or recorded, as the configuration asks."""
+        if self.config.compile:
+            function = functools.partial(or_eager, function)
+        if self.config.graph:
+            function = Recorded(function, self.nets.buffers())
+            self.graphs.append(function)
+        return function
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -1197,7 +1234,7 @@ def pick_device(name: str) -> torch.device:
             name = "cuda"
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"--device {name}: {brief(error)}") from None
     return torch.device(name)
 
 
@@ -1312,7 +1349,8 @@ def train(config: Config, resume: bool = False) -> Path:
     data = UnpairedImages(*folders, config.size, config.resize, config.seed)
     shown = [x.to(device) for x in sample_images(config)]
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     size = config.batch_size
     per_epoch = max(1, len(data) // (size * WORLD))
     trainer = Trainer(config, config.steps or config.epochs * per_epoch, device)

@@ -55,7 +55,7 @@ ROOT = Path(__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXERCISES = (ROOT / "data" / "exercises.md").read_text(encoding="utf-8")
 CPU = torch.device("cpu")
-torch.set_num_threads(1)  # small networks; and processes that are compared round alike
+torch.set_num_threads(1)               # small networks; and processes that are compared round alike
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # of processes side by side
 
 # settings of a run of a second
@@ -175,7 +175,7 @@ def test_style():
         assert max(map(len, lines)) <= 100, file
         air = sum(not line.strip() or line.lstrip().startswith("#") for line in lines)
         if file == "aggan.py":
-            assert air >= 0.2 * len(lines) and len(lines) <= 1650
+            assert air >= 0.2 * len(lines) and len(lines) <= 1690
 
 
 # ---------- 1. The fusion formula ----------
@@ -627,7 +627,7 @@ def test_pool_keeps_image_and_mask_together():
         assert i >= 4 or torch.equal(images[:, 0, 0, 0], ids.flatten())  # while it fills
         returned += images[:, 0, 0, 0].tolist()
     assert len(pool.items) == 5 and len(set(returned[5:])) == 95  # each leaves it once
-    assert 25 < sum(x < i for i, x in enumerate(returned)) < 75  # about half are earlier ones
+    assert 25 < sum(x < i for i, x in enumerate(returned)) < 75   # about half are earlier ones
 
 
 def test_pool_of_size_zero_returns_what_came_in():
@@ -1675,7 +1675,7 @@ def recorded_trainer(config, monkeypatch, fail=False):
                 graph.parameters = [p for p in parameters if p.grad is not None]
             return outputs
 
-        return aggan.Recorded(called)
+        return aggan.Recorded(called, trainer.nets.buffers())
 
     g, d = trainer.generator_gradients, trainer.discriminator_gradients
     trainer.generator_gradients = recording(g, trainer.g_parameters)
@@ -1711,6 +1711,153 @@ def test_a_recording_that_fails_goes_on_eagerly(monkeypatch, capsys):
     assert steps(plain, 8) == steps(recorded, 8)
     error = capsys.readouterr().err
     assert error.count("no CUDA graph, going on without: ") == error.count("\n") == 2
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_a_replay_that_differs_is_not_used(monkeypatch, capsys, norm):
+    config = dataclasses.replace(FINAL, norm=norm)
+    plain, recorded = aggan.Trainer(config, 40, CPU), recorded_trainer(config, monkeypatch)
+    replay = Replay.replay
+
+    def wrong(graph):
+        replay(graph)
+        graph.outputs[-1]["gan" if "gan" in graph.outputs[-1] else "d_gan"] += 1
+
+    monkeypatch.setattr(Replay, "replay", wrong)
+    assert steps(plain, 8) == steps(recorded, 8)
+    assert same(plain.nets.state_dict(), recorded.nets.state_dict())
+    assert capsys.readouterr().err.count("no CUDA graph, going on without: ") == 2
+
+
+class Broken(torch.autograd.Function):
+    """A backward that a compiler got wrong."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("the compiled backward\nfails")
+
+
+@pytest.mark.parametrize("place", ["first forward", "later shape", "backward"])
+def test_a_compiler_that_fails_is_left(monkeypatch, capsys, place):
+    """After one line a run goes on from the same step."""
+    config = dataclasses.replace(RELEASED, model="cyclegan", l_copy=0.0, curriculum="none")
+    plain, compiled = aggan.Trainer(config, 40, CPU), aggan.Trainer(config, 40, CPU)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        if place == "first forward" or place == "later shape" and len(graphs) > 1:
+            raise RuntimeError("the compiler\nfails")
+        if place == "backward":
+            return lambda *x: [Broken.apply(out) for out in graph(*x)]
+        return graph
+
+    torch.compiler.set_stance("default")
+    compiled.nets["g_ab"].compile(backend=backend)
+    compiled.generator_gradients = functools.partial(aggan.or_eager, compiled.generator_gradients)
+    try:
+        if place == "later shape":
+            compiled.nets["g_ab"](torch.zeros(1, 3, 16, 16))
+        assert steps(plain, 2) == steps(compiled, 2)
+    finally:
+        torch.compiler.set_stance("default")
+        torch.compiler.reset()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("torch.compile failed, going on without: ")
+    assert same(plain.nets.state_dict(), compiled.nets.state_dict()) and graphs
+
+
+def place_module(module, device):
+    """What module.to(device) does; that cannot do it with tensors that are only pretended."""
+    for part in module.modules():
+        for name, p in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(p.detach().to(device)))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(device))
+    return module
+
+
+@pytest.fixture
+def pretended_cuda(monkeypatch):
+    """CUDA tensors of which only shape, type and device exist: -> a trainer of a capability.
+
+    A tensor on the wrong device raises, and so does all that would wait for the GPU. There is no
+    backward without a device: it checks its loss, and every parameter gets an empty gradient.
+    """
+
+    def backward(loss, inputs):
+        assert loss.device.type == "cuda" and loss.shape == () and loss.requires_grad
+        for p in inputs:
+            p.grad = torch.empty_like(p)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(nn.Module, "to", place_module)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+
+    def trainer(capability, **given):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        config = aggan.configure(TINY | dict(given, a="a", b="b", graph=False))
+        return aggan.Trainer(config, 20, torch.device("cuda"))
+
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        yield trainer
+
+
+def pretended_step(trainer):
+    """A step; every figure and loss must be float32 on the device."""
+    batch = torch.rand(2, 1, 3, 32, 32) * 2 - 1
+    figures = trainer.step(*batch)
+    assert {value.device.type for value in figures.values()} == {"cuda"}
+    for terms in trainer.generator_gradients(*batch.cuda(), torch.ones(2, device="cuda"))[2:]:
+        assert {term.dtype for term in terms.values()} == {torch.float32}, terms
+
+
+ON_H100 = [(model, (9, 0), torch.bfloat16) for model in aggan.PRESETS]
+ON_T4 = [(model, (7, 5), torch.float16) for model in ("scheme2", "mejjati")]
+
+
+@pytest.mark.parametrize("model, capability, dtype", ON_H100 + ON_T4)
+def test_nothing_leaves_the_device(pretended_cuda, monkeypatch, model, capability, dtype):
+    """Steps, checkpoint, resume and sample grid."""
+    trainer, resumed = (pretended_cuda(capability, model=model) for _ in range(2))
+    assert trainer.dtype == dtype and trainer.scaler.is_enabled() == (dtype == torch.float16)
+    for trainer.done in (0, 6):  # before and after Mejjati's switch
+        pretended_step(trainer)
+
+    def on_cpu(x):
+        return x.cpu() if isinstance(x, torch.Tensor) else x
+
+    trainer.scaler.state_dict = lambda: {}  # of numbers
+    resumed.load_state_dict(torch.utils._pytree.tree_map(on_cpu, trainer.state_dict()))
+    pretended_step(resumed)
+    monkeypatch.setattr(aggan, "write_whole", lambda path, save: None)
+    shown = torch.rand(2, 4, 3, 32, 32).cuda()
+    assert aggan.save_samples(Path("grid"), trainer.nets, *shown).device.type == "cuda"
+
+
+@pytest.mark.parametrize("fault", ["CPU tensor", "wait", "half"])
+def test_faults_of_a_device_are_found(pretended_cuda, monkeypatch, fault):
+    loss = aggan.adversarial_loss
+
+    def faulty(logits, real, kind):
+        if fault == "CPU tensor":
+            return (logits - torch.ones(logits.shape)).square().mean()
+        if fault == "wait":
+            return loss(logits, real, kind) / max(1.0, logits.mean().item())
+        return loss(logits, real, kind).half()
+
+    trainer = pretended_cuda((9, 0))
+    pretended_step(trainer)
+    monkeypatch.setattr(aggan, "adversarial_loss", faulty)
+    found = torch._subclasses.fake_tensor
+    errors = AssertionError, RuntimeError, found.DataDependentOutputException
+    with pytest.raises(errors, match="float16|device|_local_scalar_dense"):
+        pretended_step(trainer)
 
 
 def test_loading_processes_may_be_spawned(folders):
@@ -2000,7 +2147,7 @@ def test_mask_figures_by_hand():
     mask = torch.tensor([[True, False], [True, False]])
     t = Translation(image, attention, torch.zeros(1, 1, 3, 2, 2))
     figures = aggan.mask_figures(torch.zeros(3, 2, 2), t, mask)
-    assert figures["iou"] == pytest.approx(1 / 3)  # found: upper row; true: left column
+    assert figures["iou"] == pytest.approx(1 / 3)              # found: upper row; true: left column
     assert figures["background_error"] == pytest.approx(0.125)  # (0.5 + 0) / 2, halved: in [0, 1]
     assert figures["foreground_change"] == pytest.approx(0.3)  # (1 + 0.2) / 2, halved
     assert figures["mean_attention"] == pytest.approx(0.5)
