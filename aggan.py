@@ -47,6 +47,7 @@ import dataclasses
 import functools
 import gc
 import inspect
+import io
 import json
 import math
 import os
@@ -63,7 +64,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
@@ -670,6 +671,7 @@ class Config:
     lr: float = 1e-4     # Adam's rate, constant for half of the run, then linearly to 0
     pool: int = 50       # earlier fakes kept for the discriminators
     seed: int = 0        # of weights, order, crops, flips and pools
+    init: str = ""       # a run, or its checkpoint, whose networks this one starts from
 
     # machine
     out: str = ""              # run folder; default runs/MODEL, on the drawings runs/mini-MODEL
@@ -679,7 +681,7 @@ class Config:
     compile: bool = False      # on CUDA: torch.compile the networks, which takes minutes
     log_every: int = 100       # steps between progress lines, each a row of log.csv
     save_every: int = 1000     # steps between checkpoints, each with a sample grid
-    tensorboard: bool = False  # curves and grids for TensorBoard too, in the run folder
+    tensorboard: bool = False  # curves for TensorBoard too, in the run folder
 
 
 OBJECTIVES = {
@@ -820,7 +822,7 @@ def brief(error) -> str:
 
 @contextlib.contextmanager
 def reading(path, failure="not a checkpoint that this can use"):
-    """Within, whatever goes wrong is the file's fault, and BadInput, as it can raise anything."""
+    """Within, whatever goes wrong is the file's fault: BadInput."""
     try:
         yield
     except Exception as error:
@@ -852,21 +854,55 @@ def write_whole(path: Path, save):
         raise BadInput(f"{path}: cannot be written ({error})") from None
 
 
+def walk(place):
+    """Each file of a folder, or the file itself, and why it is left out ("": it is an image).
+
+    Subfolders and links are followed, each folder once; what is hidden is not there.
+    """
+    place, kinds, seen = Path(place), Image.registered_extensions(), set()
+    if place.is_file():
+        yield place, ""
+    for folder, subfolders, names in os.walk(place, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        if os.path.realpath(folder) in seen:  # links may go round in circles
+            subfolders.clear()
+            yield Path(folder), "linked once more"
+            continue
+        seen.add(os.path.realpath(folder))
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            known = path.suffix.lower() in kinds
+            unknown = f"{path.suffix or 'without a suffix'}, not read by Pillow"
+            yield path, "a dead link" if not path.exists() else "" if known else unknown
+
+
 def list_images(folder) -> list[Path]:
-    """The folder's images, by suffix, sorted, with subfolders; no hidden ones. BadInput if none."""
-    kinds, paths = Image.registered_extensions(), []
-    for path in sorted(Path(folder).rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in kinds and path.is_file() and not hidden:
-            paths.append(path)
+    """The folder's images, by suffix, sorted, with subfolders. BadInput if there are none."""
+    paths = sorted(path for path, why in walk(folder) if not why)
+    if Path(folder).is_file():
+        raise BadInput(f"{folder}: is a file; name its folder")
     if not paths:
         what = "images in this" if Path(folder).is_dir() else "such file or"
         raise BadInput(f"{folder}: no {what} folder")
     return paths
 
 
+def left_out(places) -> int:
+    """Says in one line what of these folders and files is not read, and why -> how many files."""
+    found = {}
+    for path, why in (item for place in places for item in walk(place)):
+        if not why and path.suffix.lower() in (".tif", ".tiff", ".gif", ".webp"):
+            with contextlib.suppress(Exception), Image.open(path) as image:
+                why = "all but the first of its pages" if image.n_frames > 1 else ""
+        if why:
+            found.setdefault(why, []).append(path)
+    if found:
+        reasons = (f"{paths[0]} ({why}; {len(paths)} of these)" for why, paths in found.items())
+        say(f"warning: left out: {', '.join(reasons)}", sys.stderr)
+    return sum(map(len, found.values()))
+
+
 def load_image(path, mode="RGB", size=0) -> Image.Image:
-    """Any image that PIL reads, but PostScript (a program): its first frame, upright by its EXIF.
+    """Any image that PIL reads, but PostScript (a program): its first frame, upright, in sRGB.
 
     mode None: RGB or RGBA, by what it has. size: of the shorter side, if not 0. BadInput.
     """
@@ -874,13 +910,42 @@ def load_image(path, mode="RGB", size=0) -> Image.Image:
         if image.format == "EPS" or max(image.size) > 100 * min(image.size) and size:
             raise ValueError(f"{image.format} of {image.width} x {image.height} pixels")
         image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # more than 8 bits: convert() would clip, not scale
-            high = 65535 if image.mode.startswith("I;16") else image.getextrema()[1]
-            scale = 255 if high <= 1 else 1 if high <= 255 else 255 / 65535
-            image = image.convert("I" if image.mode[0] == "I" else "F")
-            image = image.point(lambda value: value * scale + 0.5).convert("L")
-        image = image.convert(mode or ("RGBA" if image.has_transparency_data else "RGB"))
+        if image.mode[0] in "IF":  # more than 8 bits
+            image = to_8_bits(image)
+        opaque = mode or not image.has_transparency_data
+        alpha = None if opaque else image.convert("RGBA").getchannel("A")
+        image = to_srgb(image).convert(mode or "RGB")
+        if alpha:
+            image.putalpha(alpha)
         return TF.resize(image, size, TF.InterpolationMode.BICUBIC) if size else image
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of more bits, or of floats. ValueError unless its values fill a scale that is known.
+
+    Stretched one by one, the images of a folder would not stay comparable.
+    """
+    values = TF.pil_to_tensor(image.convert(image.mode[0])).float()  # (1, H, W)
+    low, high = values.aminmax()
+    for top in (1, 255, 65535) if image.mode == "F" else (255, 65535):
+        if (
+            top > 1
+        ) * top / 4 <= high <= 1.1 * top and low >= -0.1 * top:  # sharpening goes beyond the ends
+            return to_image(values / top)
+    raise ValueError(f"values {low:g} to {high:g}, not to 1, 255 or 65535: save it with 8 bits")
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """Colours of a profile, as phones and cameras write, in sRGB; without a usable one as it is."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return image
+        colours = image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(colours, profile, srgb, outputMode="RGB")
+    except (KeyError, OSError, ImageCms.PyCMSError):
+        return image
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -904,8 +969,7 @@ class UnpairedImages(Dataset):
     def __init__(self, folder_a, folder_b, size=256, resize=286, seed=0):
         self.paths = {"a": list_images(folder_a), "b": list_images(folder_b)}
         self.size, self.resize, self.seed = size, resize, seed
-        # which files are no use, in memory that loading processes share
-        self.useless = {k: torch.zeros(len(p)).share_memory_() for k, p in self.paths.items()}
+        self.useless = {k: torch.zeros(len(p)) for k, p in self.paths.items()}  # 1: no use
 
     def __len__(self):
         return max(len(self.paths["a"]), len(self.paths["b"]))
@@ -950,14 +1014,17 @@ def domain_folders(config: Config) -> tuple[Path, Path]:
 
 def sample_images(config: Config) -> list[Tensor]:
     """For the sample grids, four images of A and of B; of test folders, where there are any."""
-    folders = [sibling(folder, "train", "test") or folder for folder in domain_folders(config)]
+    folders = []
+    for folder in domain_folders(config):
+        test = sibling(folder, "train", "test")
+        folders.append(test if test and not all(why for _, why in walk(test)) else folder)
     images = UnpairedImages(*folders, config.size, config.size, config.seed)
     return [torch.stack(column) for column in zip(*(images[i] for i in range(4)))]
 
 
 # ---------- 10. Training ----------
 
-FORMAT = 7                                                                      # of the checkpoints
+FORMAT = 8                                                                      # of the checkpoints
 RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)  # torchrun's
 
 
@@ -1057,8 +1124,10 @@ class Trainer:
             self.generator_gradients = self.fast(self.generator_gradients)
             self.discriminator_gradients = self.fast(self.discriminator_gradients)
 
-        # for the log: a row of figures for each step since its last line, their names, the lines
-        self.rows, self.names, self.log = [], [], []
+        # for the log: figures of the steps since its last line, their names; lines to write yet,
+        # bytes written
+        self.rows, self.names, self.log, self.logged = [], [], [], 0
+        self.images = {}  # the names of those that it trains on, by domain
         self.parts = {"nets": self.nets, "opt_g": self.opt_g, "opt_d": self.opt_d}
         self.parts |= {"curriculum": self.curriculum, "scaler": self.scaler}
 
@@ -1182,18 +1251,20 @@ class Trainer:
             "rows": self.rows,
             "names": self.names,
             "log": self.log,
+            "logged": self.logged,
+            "images": self.images,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "pools": [self.pool_a.items, self.pool_b.items],
             "random": torch.get_rng_state(),
         }
 
     def load_state_dict(self, state: dict):
-        """BadInput for another number of processes; a damaged state can raise anything."""
+        """A state of another number of processes, or a damaged one, can raise anything."""
         if state["world"] != WORLD:
-            raise BadInput(f"a run of {state['world']} processes, here are {WORLD}")
+            raise ValueError(f"a run of {state['world']} processes, here are {WORLD}")
         self.done = range(self.total + 1).index(state["step"])
         self.rows = [row.to(self.device) for row in state["rows"]]
-        self.names, self.log = state["names"], state["log"]
+        self.names, self.log, self.logged = state["names"], state["log"], state["logged"]
         for name, part in self.parts.items():
             if name != "scaler" or state["parts"][name]:  # one that was not needed is empty
                 part.load_state_dict(state["parts"][name])
@@ -1249,6 +1320,7 @@ def load_checkpoint(run) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT:
             raise ValueError(f"of format {state['format']}, this program's is {FORMAT}")
+        state["step"] = int(state["step"])
         saved, fields = state["config"], dataclasses.fields(Config)
         state["config"] = check(Config(*(field.type(saved[field.name]) for field in fields)))
         return state
@@ -1284,6 +1356,17 @@ def tensorboard(run: Path, step: int):
     return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
 
+def append_log(path: Path, trainer: Trainer, names):
+    """Adds the lines not written yet; cuts off what a run wrote that was killed later on."""
+    with reading(path, "cannot be written, kept for the next line"), open(path, "ab") as file:
+        end = min(trainer.logged, file.tell())
+        file.truncate(end)
+        header = [] if end else [",".join(names)]
+        file.write("".join(f"{line}\n" for line in header + trainer.log).encode())
+        file.flush()
+        trainer.log, trainer.logged = [], file.tell()
+
+
 def write_progress(trainer: Trainer, out: Path, per_epoch: int, seconds: float) -> dict:
     """A line on the screen and a row of log.csv: means since the last one. seconds: of a step."""
     step, total = trainer.done, trainer.total
@@ -1291,9 +1374,8 @@ def write_progress(trainer: Trainer, out: Path, per_epoch: int, seconds: float) 
     row = {"step": step, "epoch": (step - 1) // per_epoch + 1}
     row["pairs_per_second"] = trainer.config.batch_size * WORLD / seconds
     row["rate"] = learning_rate(trainer.config, (step - 1) / total)
-    trainer.log.append({name: f"{value:.6g}" for name, value in (row | means).items()})
-    lines = [",".join(row | means), *(",".join(earlier.values()) for earlier in trainer.log)]
-    write_whole(out / "log.csv", lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    trainer.log.append(",".join(f"{value:.6g}" for value in (row | means).values()))
+    attempt(append_log, out / "log.csv", trainer, row | means)
 
     left = f"{row['pairs_per_second']:.1f} pairs/s  {(total - step) * seconds / 60:.1f} min left"
     figures = "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
@@ -1308,14 +1390,21 @@ def write_progress(trainer: Trainer, out: Path, per_epoch: int, seconds: float) 
 
 @contextlib.contextmanager
 def stop_signals():
-    """Within, SIGINT and SIGTERM are only noted, in the list given; a second one kills."""
-    seen = []
+    """Within, SIGINT, SIGTERM and SIGHUP are only noted, in the list given; a second one kills.
+
+    Those that were ignored before, as under nohup, stay so; in a thread nothing changes.
+    """
+    seen, before = [], {}
 
     def note(number, _frame):
         seen.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        main_thread = threading.current_thread() is threading.main_thread()
+        if main_thread and number and signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, note)
     try:
         yield seen
     finally:
@@ -1323,19 +1412,96 @@ def stop_signals():
             signal.signal(number, handler)
 
 
+HELD = []  # handles of folders
+
+
+@contextlib.contextmanager
+def held(folder: Path):
+    """Within, no other process can hold this folder: BadInput. The system lets a dead one's go."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: not held
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    HELD.append(handle)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(f"--out {folder}: another process trains there") from None
+        yield
+    finally:
+        HELD.remove(handle)
+        os.close(handle)
+
+
 def start_worker(_number):
     """A loading process: signals that reach it too do not end it before the step is done."""
+    for handle in HELD:  # if this process outlives a killed run, the folder is free
+        os.close(handle)
     if hasattr(os, "setpgrp"):  # a terminal's Ctrl-C goes to its group; Windows has none
         os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(1, os._exit, [0]).start())
 
 
+def batches(loader, lost: list):
+    """The loader's; where loading fails, or its process dies, `lost` gets the error."""
+    try:
+        if loader.num_workers:
+            for flags in loader.dataset.useless.values():
+                flags.share_memory_()
+        loading = iter(loader)
+        if loader.num_workers and threading.current_thread() is threading.main_thread():
+            signal.signal(
+                signal.SIGCHLD, signal.SIG_DFL
+            )  # PyTorch's raises in the middle of a step
+        yield from loading
+    except Exception as error:
+        lost.append(error)
+
+
+def restore(trainer: Trainer, out: Path, folders):
+    """The run as saved. BadInput where it moved to other images, a warning where some changed."""
+    file = out / "checkpoint.pt"
+    state = load_checkpoint(file)
+    if state["step"] > trainer.total:
+        line = f"{trainer.total} steps, of which {state['step']} are done; name more"
+        raise BadInput(f"--epochs, --steps: {line}")
+    moved = any(getattr(state["config"], k) != getattr(trainer.config, k) for k in "ab")
+    with reading(file):
+        trainer.load_state_dict(state)
+        changed = [set(map(str, state["images"][k])) ^ set(trainer.images[k]) for k in "ab"]
+    for folder, names in zip(folders, changed):
+        line = (
+            f"{folder}: {len(names)} names are not as in {file}, such as {min(names, default='')}"
+        )
+        if names and moved:
+            raise BadInput(line)
+        if names:
+            say(f"warning: {line}", sys.stderr)
+    if moved:
+        say(f"the same images, now in {folders[0]} and {folders[1]}")
+
+
+def save(trainer: Trainer, out: Path, shown):
+    """The first process writes a sample grid and then the checkpoint. BadInput."""
+    trainer.check_finite()
+    if RANK == 0:
+        attempt(save_samples, out / "samples" / f"{trainer.done:07}.png", trainer.nets, *shown)
+        state = trainer.state_dict()
+        write_whole(out / "checkpoint.pt", functools.partial(torch.save, state))
+
+
 def train(config: Config, resume: bool = False) -> Path:
     """Trains; leaves checkpoint.pt, log.csv and samples/*.png in the run folder, and returns it.
 
-    resume: goes on from the checkpoint there, if any. SIGINT and SIGTERM finish the step and save,
-    then BadInput of status 128 + their number. BadInput where the folder is not empty.
+    resume: goes on from the checkpoint there, if any. SIGINT, SIGTERM and SIGHUP finish the step
+    and save, then BadInput of status 128 + their number; a lost loading process saves, then
+    BadInput of status 1. BadInput where the folder is not empty, or another process trains there.
     """
     device, out, folders = pick_device(config.device), Path(config.out), domain_folders(config)
     if out.is_file():
@@ -1345,21 +1511,33 @@ def train(config: Config, resume: bool = False) -> Path:
     if any(folder.resolve() in (out / "samples").resolve().parents for folder in folders):
         raise BadInput(f"--out {out}: is in a training folder, whose images its samples would be")
 
-    # images to train on, images to show; the run, as new or as it was saved
+    # images to train on, images to show
     data = UnpairedImages(*folders, config.size, config.resize, config.seed)
+    if RANK == 0:
+        left_out(folders)
+        a, b = map(len, data.paths.values())
+        often = f"each {len(data) / a:.3g} and {len(data) / b:.3g} times in an epoch"
+        say(f"{a} images of A, {b} of B: {often}")
     shown = [x.to(device) for x in sample_images(config)]
+
+    # the run: new, from another's networks, or as it was saved
     if WORLD > 1:
         nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     size = config.batch_size
     per_epoch = max(1, len(data) // (size * WORLD))
-    trainer = Trainer(config, config.steps or config.epochs * per_epoch, device)
+    config = dataclasses.replace(config, steps=config.steps or config.epochs * per_epoch)
+    trainer = Trainer(config, config.steps, device)
+    for domain, folder in zip("ab", folders):
+        names = (path.relative_to(folder).as_posix() for path in data.paths[domain])
+        trainer.images[domain] = list(names)
     if resume and (out / "checkpoint.pt").exists():
-        state = load_checkpoint(out)
-        with reading(out / "checkpoint.pt"):
-            trainer.load_state_dict(state)
+        restore(trainer, out, folders)
+    elif config.init:
+        nets = load_checkpoint(config.init)["parts"]["nets"]
+        with reading(f"--init {config.init}", "not networks like this run's"):
+            trainer.nets.load_state_dict(nets)
     board = tensorboard(out, trainer.done) if config.tensorboard and RANK == 0 else None
-    (out / "samples").mkdir(parents=True, exist_ok=True)
 
     # batches, from where the run is; every process takes its turn
     turns = range(trainer.done * WORLD + RANK, trainer.total * WORLD, WORLD)
@@ -1371,9 +1549,10 @@ def train(config: Config, resume: bool = False) -> Path:
         generator=torch.Generator(),  # its own: the pools' random numbers stay the same
         worker_init_fn=start_worker,
     )
-    start, first, stop = time.monotonic(), trainer.done, torch.tensor(0)
-    with stop_signals() as signals:
-        for real_a, real_b in loader:
+    start, first, stop, lost = time.monotonic(), trainer.done, torch.tensor(0), []
+    with held(out) if RANK == 0 else contextlib.nullcontext(), stop_signals() as signals:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        for real_a, real_b in batches(loader, lost):
             trainer.step(real_a, real_b)
             stop = torch.tensor(max(signals, default=0))
             if WORLD > 1:
@@ -1390,23 +1569,23 @@ def train(config: Config, resume: bool = False) -> Path:
                 trainer.rows, start, first = [], time.monotonic(), trainer.done
 
             if trainer.done % config.save_every == 0 or last or stop:
-                trainer.check_finite()
-                if RANK == 0:
-                    picture = out / "samples" / f"{trainer.done:07}.png"
-                    grid = save_samples(picture, trainer.nets, *shown)
-                    if board:
-                        board.add_image("samples", grid, trainer.done)
-                        board.flush()
-                    state = trainer.state_dict()
-                    write_whole(out / "checkpoint.pt", functools.partial(torch.save, state))
+                save(trainer, out, shown)
             if stop:
                 break
+        if lost and trainer.done:
+            save(trainer, out, shown)
 
-    if WORLD > 1:
+    if WORLD > 1 and not lost:
         dist.destroy_process_group()
     useless = sum(int(flags.sum()) for flags in data.useless.values())
     if useless:
         say(f"{useless} training images were no use, see above")
+    if lost:
+        line = str(lost[0]).strip().splitlines()[-1].rpartition("BadInput: ")[2]
+        if isinstance(lost[0], BadInput):
+            raise BadInput(line)
+        cure = "--resume goes on; fewer --workers need less memory"
+        raise BadInput(f"loading process lost after step {trainer.done}: {line}; {cure}", 1)
     if stop and trainer.done < trainer.total:
         line = f"stopped after step {trainer.done}, saved; goes on with --resume"
         raise BadInput(line, 128 + int(stop))
@@ -1481,9 +1660,11 @@ def translate(run, inputs, to, out, attention=False, device="auto") -> list[Path
         say(target)
         return target
 
+    missing = left_out(inputs)
     done = [attempt(render, path, *outputs) for path, outputs in plan.items()]
-    if None in done:
-        raise BadInput(f"{done.count(None)} of {len(done)} images not translated, see above", 1)
+    if None in done or missing:
+        line = f"{done.count(None)} of {len(done)} images not translated, see above"
+        raise BadInput(line if None in done else f"{missing} files left out, see above", 1)
     return done
 
 
@@ -1504,12 +1685,24 @@ def mask_figures(x: Tensor, t: Translation, mask: Tensor | None) -> dict[str, fl
 
 
 def load_mask(masks: Path, name: Path, size, device) -> Tensor:
-    """The true foreground of the image `name`, (H, W) of bools, from the folder of masks."""
+    """The true foreground of the image `name`, (H, W) of bools, from the folder of masks.
+
+    Labels, of a palette or of two values: all but 0; of more grey values: the lighter half.
+    """
     found = [path for path in masks.glob(f"{name.with_suffix('')}.*") if path.stem == name.stem]
     if not found:
         raise BadInput(f"{masks}: no mask for {name}")
-    mask = TF.to_tensor(load_image(found[0], "L")).to(device)
-    return TF.resize(mask, size)[0] >= 0.5
+    with reading(found[0], "not a usable mask"), Image.open(found[0]) as image:
+        image = ImageOps.exif_transpose(image)
+        labels = image.mode == "P"
+        values = TF.pil_to_tensor(image if labels else image.convert("L"))  # (1, H, W)
+        (height, width), grey = values.shape[-2:], not labels and len(values.unique()) > 2
+        if abs(width / height * size[0] / size[1] - 1) > 0.05:
+            raise ValueError(f"{width} x {height} pixels; {name} has {size[1]} x {size[0]}")
+        if grey and values.max() < 128:
+            raise ValueError(f"grey values to {values.max()} only; labels need a palette")
+        mask = (values >= 128 if grey else values > 0).float().to(device)
+        return TF.resize(mask, size)[0] >= 0.5
 
 
 def evaluate(run, a="", b="", masks_a="", masks_b="", save="", device="auto") -> dict[str, dict]:
@@ -1530,6 +1723,7 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", device="auto") ->
         if save and (Path(save).exists() or Path(folder).resolve() in Path(save).resolve().parents):
             raise BadInput(f"--save {save}: exists, or is in {folder}; name a new folder elsewhere")
     results, images = {}, {"a": list_images(a), "b": list_images(b)}
+    left_out([a, b])
 
     for source, target, folder, masks in (("a", "b", a, masks_a), ("b", "a", b, masks_b)):
         masks = masks or sibling(folder, "test", "masks")
@@ -1556,7 +1750,8 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", device="auto") ->
 
 # ---------- 12. The command line ----------
 
-FREE = {"out", "device", "workers", "compile", "graph", "tensorboard"}  # may differ on --resume
+FREE = {"a", "b", "epochs", "steps", "init", "out", "device", "workers", "compile", "graph"}
+FREE |= {"tensorboard"}  # may differ on --resume
 
 
 class Parser(argparse.ArgumentParser):
@@ -1621,7 +1816,9 @@ def run_train(resume=False, small=None, **given):
             if asked != there:
                 line = f"{flag(name)} {asked} (there {there}): another run than {checkpoint}'s"
                 raise BadInput(line)
-        free = {name: given[name] for name in given if name in FREE}
+        free = {name: getattr(config, name) for name in given if name in FREE}
+        if free.get("epochs", saved["epochs"]) != saved["epochs"]:
+            free["steps"] = given.get("steps", 0)  # otherwise as many as the run has
         config = Config(**(saved | {"out": config.out} | free))
     if resume:
         found = "resuming" if checkpoint.exists() else "starting anew: not there yet is"
@@ -1658,6 +1855,9 @@ def main(argv: list[str] | None = None):
     given = vars(parser.parse_args(argv))
     commands = {"train": run_train, "translate": translate, "evaluate": run_evaluate}
     command = commands[given.pop("command")]
+    for name, value in given.items():  # a shell leaves --out=~/x as it is
+        if isinstance(value, str):
+            given[name] = os.path.expanduser(value)
     if RANK > 0:  # of torchrun's processes one speaks
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
