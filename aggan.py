@@ -967,7 +967,12 @@ class UnpairedImages(Dataset):
     """
 
     def __init__(self, folder_a, folder_b, size=256, resize=286, seed=0):
-        self.paths = {"a": list_images(folder_a), "b": list_images(folder_b)}
+        folders = {"a": folder_a, "b": folder_b}
+        self.paths = {k: list_images(folder) for k, folder in folders.items()}
+        self.names = {
+            k: [path.relative_to(folder).as_posix() for path in self.paths[k]]
+            for k, folder in folders.items()
+        }
         self.size, self.resize, self.seed = size, resize, seed
         self.useless = {k: torch.zeros(len(p)) for k, p in self.paths.items()}  # 1: no use
 
@@ -1449,7 +1454,7 @@ def start_worker(_number):
 
 
 def batches(loader, lost: list):
-    """The loader's; where loading fails, or its process dies, `lost` gets the error."""
+    """The loader's; where loading fails or a process of it dies, they end, and `lost` gets why."""
     try:
         if loader.num_workers:
             for flags in loader.dataset.useless.values():
@@ -1461,7 +1466,10 @@ def batches(loader, lost: list):
             )  # PyTorch's raises in the middle of a step
         yield from loading
     except Exception as error:
-        lost.append(error)
+        line = str(error).strip().splitlines()[-1].rpartition("BadInput: ")[2]
+        if not isinstance(error, BadInput):
+            line = f"a loading process is lost, --resume goes on, with fewer --workers: {line}"
+        lost.append(BadInput(line, 2 if isinstance(error, BadInput) else 1))
 
 
 def restore(trainer: Trainer, out: Path, folders):
@@ -1471,19 +1479,17 @@ def restore(trainer: Trainer, out: Path, folders):
     if state["step"] > trainer.total:
         line = f"{trainer.total} steps, of which {state['step']} are done; name more"
         raise BadInput(f"--epochs, --steps: {line}")
-    moved = any(getattr(state["config"], k) != getattr(trainer.config, k) for k in "ab")
     with reading(file):
         trainer.load_state_dict(state)
         changed = [set(map(str, state["images"][k])) ^ set(trainer.images[k]) for k in "ab"]
+    there, here = ((config.a, config.b) for config in (state["config"], trainer.config))
     for folder, names in zip(folders, changed):
-        line = (
-            f"{folder}: {len(names)} names are not as in {file}, such as {min(names, default='')}"
-        )
-        if names and moved:
-            raise BadInput(line)
         if names:
+            line = f"{folder}: {len(names)} names are not as in {file}, such as {min(names)}"
+            if here != there:
+                raise BadInput(line)
             say(f"warning: {line}", sys.stderr)
-    if moved:
+    if here != there:
         say(f"the same images, now in {folders[0]} and {folders[1]}")
 
 
@@ -1528,9 +1534,7 @@ def train(config: Config, resume: bool = False) -> Path:
     per_epoch = max(1, len(data) // (size * WORLD))
     config = dataclasses.replace(config, steps=config.steps or config.epochs * per_epoch)
     trainer = Trainer(config, config.steps, device)
-    for domain, folder in zip("ab", folders):
-        names = (path.relative_to(folder).as_posix() for path in data.paths[domain])
-        trainer.images[domain] = list(names)
+    trainer.images = data.names
     if resume and (out / "checkpoint.pt").exists():
         restore(trainer, out, folders)
     elif config.init:
@@ -1581,11 +1585,7 @@ def train(config: Config, resume: bool = False) -> Path:
     if useless:
         say(f"{useless} training images were no use, see above")
     if lost:
-        line = str(lost[0]).strip().splitlines()[-1].rpartition("BadInput: ")[2]
-        if isinstance(lost[0], BadInput):
-            raise BadInput(line)
-        cure = "--resume goes on; fewer --workers need less memory"
-        raise BadInput(f"loading process lost after step {trainer.done}: {line}; {cure}", 1)
+        raise lost[0]
     if stop and trainer.done < trainer.total:
         line = f"stopped after step {trainer.done}, saved; goes on with --resume"
         raise BadInput(line, 128 + int(stop))
@@ -1866,9 +1866,8 @@ def main(argv: list[str] | None = None):
         command(**given)
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
-    except (BadInput, OSError) as error:  # a loading process's: a traceback that ends so
-        line = str(error).strip().rpartition("BadInput: ")[2]
-        parser.exit(getattr(error, "status", 2), f"{parser.prog}: {line}\n")
+    except (BadInput, OSError) as error:
+        parser.exit(getattr(error, "status", 2), f"{parser.prog}: {error}\n")
     except (MemoryError, RuntimeError) as error:
         if str(error) and not re.search("out of memory|t allocate memory", str(error)):
             raise
