@@ -2683,8 +2683,18 @@ def test_snippets_run(trained, monkeypatch, capsys):
     copy = copy.replace("runs/mini-scheme2", str(trained))
     names = {"torch": torch, "SchemeTwoGenerator": SchemeTwoGenerator}
     exec(copy.replace("width=16, blocks=3", "width=4, blocks=1, masks=3"), names)
-    t = aggan.load_generators(trained, CPU)[0]["g_ab"](torch.zeros(1, 3, 64, 64))
-    assert torch.equal(names["t"].image, t.image)
+    generator = aggan.load_generators(trained, CPU)[0]["g_ab"]
+    assert torch.equal(names["t"].image, generator(torch.zeros(1, 3, 64, 64)).image)
+
+    export = re.search(r"    class OneWay.*?\n\n", README, re.S)[0].replace("\n    ", "\n").strip()
+    assert export.count("\n") < 6
+    monkeypatch.chdir(trained)
+    names = {"torch": torch, "aggan": aggan}
+    exec(export.replace("runs/mini-scheme2", str(trained)), names)
+    t, again = generator(torch.zeros(1, 3, 32, 80)), torch.export.load("a2b.pt2").module()
+    assert torch.equal(names["image"], t.image) and torch.equal(names["mask"], t.foreground)
+    x = torch.rand(1, 3, 64, 24) * 2 - 1
+    torch.testing.assert_close(again(x)[0], generator(x).image)
 
 
 PIECES = README.split("## Copy these pieces")[1].split("\n## ")[0]
