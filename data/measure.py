@@ -1,0 +1,114 @@
+"""Measures the course: python data/measure.py [--seeds 3] [TABLE ...]
+
+Trains and evaluates what the tables of results.md compare, each row with several seeds, and prints
+the tables in Markdown: means ± standard deviations of the figures of `evaluate`, or, where a seed
+copies its input, each seed's. Runs and their figures are kept in runs/measure; what is there is not
+done again, and what another process trains is left to it, so that two may work side by side, each
+with one thread (OMP_NUM_THREADS=1). A run takes three to four minutes.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import aggan  # noqa: E402
+
+TABLES = {
+    "family": {
+        "scheme2": "",
+        "scheme1": "--model scheme1",
+        "mejjati": "--model mejjati",
+        "cyclegan": "--model cyclegan",
+        "guided, pha": "--model guided",
+        "guided, tam": "--model guided --attention-map tam",
+    },
+    "objectives": {
+        "scheme2, final": "",
+        "scheme2, released": "--objective released",
+        "scheme1, final": "--model scheme1",
+        "scheme1, released": "--model scheme1 --objective released",
+    },
+    "pieces": {
+        "the default": "",
+        "r steps, as in the papers": "--curriculum papers",
+        "r by the clock alone": "--curriculum ramp",
+        "without cycle": "--l-cycle 0",
+        "without pixel": "--l-pixel 0",
+        "without TV": "--l-tv 0",
+        "without attention-guided discriminators": "--l-paired 0",
+        "without image pool": "--pool 0",
+        "n = 2": "--masks 2",
+        "transposed convolutions": "--upsample transposed",
+        "the masks' last layer 1x1": "1x1",
+    },
+}
+FIGURES = "iou", "background_error", "foreground_change"
+
+
+class OneByOne(aggan.SchemeTwoGenerator):
+    """Scheme II with the last layer that the authors' release has."""
+
+    def __init__(self, width=64, blocks=9, masks=10, **settings):
+        super().__init__(width, blocks, masks, **settings)
+        self.attention_decoder[-1] = nn.Conv2d(width, masks, 1)
+
+
+def measure(options, seed, runs):
+    """-> what `evaluate` finds, of a run that is trained if it is not there yet."""
+    name = options.replace("--", "").replace(" ", "-") or "default"
+    out, scheme2 = runs / f"{name}-{seed}", aggan.SchemeTwoGenerator
+    figures = out.with_suffix(".json")
+    if not figures.exists():
+        small = ["--seed", str(seed), "--out", str(out), "--resume", "--device", "cpu"]
+        aggan.SchemeTwoGenerator = OneByOne if options == "1x1" else scheme2
+        given = vars(
+            aggan.make_parser().parse_args(["train", *options.replace("1x1", "").split(), *small])
+        )
+        given.pop("command")
+        aggan.run_train(**given)
+        results = json.dumps(aggan.evaluate(out, device="cpu"))
+        aggan.write_whole(figures, lambda file: file.write(results.encode()))
+        aggan.SchemeTwoGenerator = scheme2
+    return json.loads(figures.read_text())
+
+
+def cell(results, figure, way):
+    """One figure of several seeds: its mean ± standard deviation, or, where one copies, each."""
+    values = [result[way][figure] for result in results]
+    digits = {"iou": 3, "background_error": 4}.get(figure, 2)
+    if any(result[way]["mean_attention"] < 0.03 for result in results) or len(values) == 1:
+        return ", ".join(f"{value:.{digits}f}" for value in values)
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def main(argv=None):
+    parser = aggan.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("tables", nargs="*", default=list(TABLES), help="default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...")
+    parser.add_argument("--runs", default="runs/measure", help="folder of the runs")
+    given, found = parser.parse_args(argv), {}
+
+    rows = {options: None for name in given.tables for options in TABLES[name].values()}
+    for seed in range(given.seeds):
+        for options in rows:
+            try:
+                found[options, seed] = measure(options, seed, Path(given.runs))
+            except aggan.BadInput as error:
+                aggan.say(error, sys.stderr)
+
+    columns = [(figure, way) for figure in FIGURES for way in ("a2b", "b2a")]
+    for name in given.tables:
+        heads = (f"{figure.replace('_', ' ')} {way}" for figure, way in columns)
+        print(f"\n| {name} | option | {' | '.join(heads)} |\n|{'---|' * (len(columns) + 2)}")
+        for row, options in TABLES[name].items():
+            results = [found[options, s] for s in range(given.seeds) if (options, s) in found]
+            cells = (cell(results, *column) if results else "-" for column in columns)
+            print(f"| {row} | {f'`{options}`' if options else ''} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
