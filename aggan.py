@@ -928,9 +928,8 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     values = TF.pil_to_tensor(image.convert(image.mode[0])).float()  # (1, H, W)
     low, high = values.aminmax()
     for top in (1, 255, 65535) if image.mode == "F" else (255, 65535):
-        if (
-            top > 1
-        ) * top / 4 <= high <= 1.1 * top and low >= -0.1 * top:  # sharpening goes beyond the ends
+        darkest = 0 if top == 1 else top / 4
+        if darkest <= high <= 1.1 * top and low >= -0.1 * top:  # sharpening goes beyond both ends
             return to_image(values / top)
     raise ValueError(f"values {low:g} to {high:g}, not to 1, 255 or 65535: save it with 8 bits")
 
@@ -1253,6 +1252,7 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
             "world": WORLD,
             "step": self.done,
+            "total": self.total,
             "rows": self.rows,
             "names": self.names,
             "log": self.log,
@@ -1269,7 +1269,7 @@ class Trainer:
             raise ValueError(f"a run of {state['world']} processes, here are {WORLD}")
         self.done = range(self.total + 1).index(state["step"])
         self.rows = [row.to(self.device) for row in state["rows"]]
-        self.names, self.log, self.logged = state["names"], state["log"], state["logged"]
+        self.names, self.log, self.logged = state["names"], state["log"], int(state["logged"])
         for name, part in self.parts.items():
             if name != "scaler" or state["parts"][name]:  # one that was not needed is empty
                 part.load_state_dict(state["parts"][name])
@@ -1325,7 +1325,7 @@ def load_checkpoint(run) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT:
             raise ValueError(f"of format {state['format']}, this program's is {FORMAT}")
-        state["step"] = int(state["step"])
+        state["step"], state["total"] = int(state["step"]), int(state["total"])
         saved, fields = state["config"], dataclasses.fields(Config)
         state["config"] = check(Config(*(field.type(saved[field.name]) for field in fields)))
         return state
@@ -1459,11 +1459,10 @@ def batches(loader, lost: list):
         if loader.num_workers:
             for flags in loader.dataset.useless.values():
                 flags.share_memory_()
+        handler = signal.getsignal(getattr(signal, "SIGCHLD", signal.SIGINT))
         loading = iter(loader)
-        if loader.num_workers and threading.current_thread() is threading.main_thread():
-            signal.signal(
-                signal.SIGCHLD, signal.SIG_DFL
-            )  # PyTorch's raises in the middle of a step
+        with contextlib.suppress(AttributeError, ValueError):  # Windows has none; in a thread
+            signal.signal(signal.SIGCHLD, handler)   # PyTorch's would raise in the middle of a step
         yield from loading
     except Exception as error:
         line = str(error).strip().splitlines()[-1].rpartition("BadInput: ")[2]
@@ -1472,10 +1471,8 @@ def batches(loader, lost: list):
         lost.append(BadInput(line, 2 if isinstance(error, BadInput) else 1))
 
 
-def restore(trainer: Trainer, out: Path, folders):
+def restore(trainer: Trainer, state: dict, file: Path, folders):
     """The run as saved. BadInput where it moved to other images, a warning where some changed."""
-    file = out / "checkpoint.pt"
-    state = load_checkpoint(file)
     if state["step"] > trainer.total:
         line = f"{trainer.total} steps, of which {state['step']} are done; name more"
         raise BadInput(f"--epochs, --steps: {line}")
@@ -1522,8 +1519,8 @@ def train(config: Config, resume: bool = False) -> Path:
     if RANK == 0:
         left_out(folders)
         a, b = map(len, data.paths.values())
-        often = f"each {len(data) / a:.3g} and {len(data) / b:.3g} times in an epoch"
-        say(f"{a} images of A, {b} of B: {often}")
+        often = f"each of A comes {len(data) / a:.3g} x, each of B {len(data) / b:.3g} x"
+        say(f"{a} images of A, {b} of B; in an epoch {often}")
     shown = [x.to(device) for x in sample_images(config)]
 
     # the run: new, from another's networks, or as it was saved
@@ -1532,11 +1529,17 @@ def train(config: Config, resume: bool = False) -> Path:
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     size = config.batch_size
     per_epoch = max(1, len(data) // (size * WORLD))
-    config = dataclasses.replace(config, steps=config.steps or config.epochs * per_epoch)
-    trainer = Trainer(config, config.steps, device)
+    total = config.steps or config.epochs * per_epoch
+    file = out / "checkpoint.pt"
+    state = load_checkpoint(file) if resume and file.exists() else None
+    if state and all(
+        getattr(state["config"], k) == getattr(config, k) for k in ("steps", "epochs")
+    ):
+        total = state["total"]  # though the folders may have changed
+    trainer = Trainer(config, total, device)
     trainer.images = data.names
-    if resume and (out / "checkpoint.pt").exists():
-        restore(trainer, out, folders)
+    if state:
+        restore(trainer, state, file, folders)
     elif config.init:
         nets = load_checkpoint(config.init)["parts"]["nets"]
         with reading(f"--init {config.init}", "not networks like this run's"):
@@ -1817,8 +1820,8 @@ def run_train(resume=False, small=None, **given):
                 line = f"{flag(name)} {asked} (there {there}): another run than {checkpoint}'s"
                 raise BadInput(line)
         free = {name: getattr(config, name) for name in given if name in FREE}
-        if free.get("epochs", saved["epochs"]) != saved["epochs"]:
-            free["steps"] = given.get("steps", 0)  # otherwise as many as the run has
+        if "epochs" in free:
+            free["steps"] = given.get("steps", 0)
         config = Config(**(saved | {"out": config.out} | free))
     if resume:
         found = "resuming" if checkpoint.exists() else "starting anew: not there yet is"
@@ -1849,15 +1852,20 @@ def run_evaluate(json_file, **given):
         write_whole(path, lambda file: file.write(text.encode()))
 
 
+def home(value):
+    """~ in paths is the user's folder; a shell leaves --out=~/x as it is."""
+    if isinstance(value, list):
+        return [home(path) for path in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
 def main(argv: list[str] | None = None):
     """The command line. Where the input is no use: one line, exit status 2."""
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     commands = {"train": run_train, "translate": translate, "evaluate": run_evaluate}
     command = commands[given.pop("command")]
-    for name, value in given.items():  # a shell leaves --out=~/x as it is
-        if isinstance(value, str):
-            given[name] = os.path.expanduser(value)
+    given = {name: home(value) for name, value in given.items()}
     if RANK > 0:  # of torchrun's processes one speaks
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):

@@ -185,7 +185,7 @@ def test_style():
         assert max(map(len, lines)) <= 100, file
         air = sum(not line.strip() or line.lstrip().startswith("#") for line in lines)
         if file == "aggan.py":
-            assert air >= 0.2 * len(lines) and len(lines) <= 1880
+            assert air >= 0.2 * len(lines) and len(lines) <= 1890
 
 
 # ---------- 1. The fusion formula ----------
@@ -1280,7 +1280,7 @@ def test_train_leaves_a_run_folder(folders, capsys, changes):
     said = capsys.readouterr().out.splitlines()
     assert sorted(p.name for p in run.iterdir()) == ["checkpoint.pt", "log.csv", "samples"]
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["0000002.png", "0000003.png"]
-    assert said[0] == "5 images of A, 3 of B: each 1 and 1.67 times in an epoch"
+    assert said[0] == "5 images of A, 3 of B; in an epoch each of A comes 1 x, each of B 1.67 x"
     assert len(said) == 3 and "step 3/3" in said[2]
     for figure in ("pairs/s", "left", "gan ", "cycle ", "attention_ab ", "attention_ba "):
         assert figure in said[2]
