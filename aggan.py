@@ -915,6 +915,7 @@ def load_image(path, mode="RGB", size=0) -> Image.Image:
         opaque = mode or not image.has_transparency_data
         alpha = None if opaque else image.convert("RGBA").getchannel("A")
         image = to_srgb(image).convert(mode or "RGB")
+        image.info.pop("icc_profile", None)  # save() would write it
         if alpha:
             image.putalpha(alpha)
         return TF.resize(image, size, TF.InterpolationMode.BICUBIC) if size else image

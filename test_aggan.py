@@ -1074,6 +1074,8 @@ def test_colours_of_a_profile_are_converted(tmp_path, mode):
     for shown in (aggan.load_image(path), aggan.load_image(path, mode=None)):
         expected = (200, 60, 70, 90)[: len(shown.getpixel((0, 0)))]
         assert all(abs(x - y) <= 3 for x, y in zip(shown.getpixel((0, 0)), expected))
+        shown.save(tmp_path / "again.png")
+        assert "icc_profile" not in Image.open(tmp_path / "again.png").info
     assert aggan.load_image(path, mode=None).mode == ("RGBA" if mode == "RGBA" else "RGB")
     image.save(path, icc_profile=b"no profile")
     assert aggan.load_image(path).getpixel((0, 0)) == image.convert("RGB").getpixel((0, 0))
