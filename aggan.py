@@ -1398,7 +1398,7 @@ def write_progress(trainer: Trainer, out: Path, per_epoch: int, seconds: float) 
 def stop_signals():
     """Within, SIGINT, SIGTERM and SIGHUP are only noted, in the list given; a second one kills.
 
-    Those that were ignored before, as under nohup, stay so; in a thread nothing changes.
+    A SIGHUP that was ignored before, as under nohup, stays so; in a thread nothing changes.
     """
     seen, before = [], {}
 
@@ -1406,11 +1406,11 @@ def stop_signals():
         seen.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        main_thread = threading.current_thread() is threading.main_thread()
-        if main_thread and number and signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, note)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)  # Windows has none
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield seen
     finally:
