@@ -871,7 +871,7 @@ def walk(place):
         seen.add(os.path.realpath(folder))
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
             known = path.suffix.lower() in kinds
-            unknown = f"{path.suffix or 'without a suffix'}, not read by Pillow"
+            unknown = f"{path.suffix or 'no suffix'}, not read by Pillow: convert it"
             yield path, "a dead link" if not path.exists() else "" if known else unknown
 
 
@@ -882,7 +882,8 @@ def list_images(folder) -> list[Path]:
         raise BadInput(f"{folder}: is a file; name its folder")
     if not paths:
         what = "images in this" if Path(folder).is_dir() else "such file or"
-        raise BadInput(f"{folder}: no {what} folder")
+        kinds = ", ".join(sorted({path.suffix for path, _ in walk(folder)}))
+        raise BadInput(f"{folder}: no {what} folder" + (f", only {kinds}" if kinds else ""))
     return paths
 
 

@@ -1110,12 +1110,21 @@ def test_what_is_left_out_is_said(trained, folders, capsys):
     assert stopped.value.status == 1 and len(list((folders / "new").rglob("*.*"))) == 3
     line, *more = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: left out: ") and not more
-    for part in ("HEIC, not read by Pillow; 2 of", "3.jxl", "none (without a suffix", "dead link"):
+    for part in (
+        "HEIC, not read by Pillow: convert it; 2",
+        "3.jxl",
+        "none (no suffix",
+        "dead link",
+    ):
         assert part in line
     for part in ("pages.tif (all but the first", "circle (linked once more"):
         assert part in line
     aggan.train(tiny(folders, a=str(mixed), steps=1, out=str(folders / "more")))
     assert capsys.readouterr().err == line + "\n"
+    for path in aggan.list_images(far):
+        path.rename(path.with_suffix(".heif"))
+    with pytest.raises(aggan.BadInput, match="far: no images in this folder, only .heif"):
+        aggan.translate(trained, [far], "b", folders / "new", device="cpu")
 
 
 def test_useless_images_are_refused_by_name(tmp_path, monkeypatch):
