@@ -9,9 +9,9 @@ is `g_ba`; D judges images of B; the numbers are this file's own):
   (1) fusion      G(x) = sum_{f=1}^{n-1} a_f * C_f + a_n * x        sum_f a_f = 1; a_n: background
   (2) scheme I    n = 2, a = (s, 1 - s), s = sigmoid(.), C = tanh(.)
   (3) scheme II   a = softmax over n masks, C = tanh(.)
-  (4) L_GAN       log D(y) + log(1 - D(G(x))), or, the default, (D(y) - 1)^2 + D(G(x))^2
-                  D's is halved; G's is that of G(x) called real
-                  D's alone, not in the papers: + l_copy of the same with x in place of G(x)
+  (4) L_GAN       (D(y) - 1)^2 + D(G(x))^2, or, the papers', -log D(y) - log(1 - D(G(x))), D then
+                  a sigmoid; D's is halved; G's is that of G(x) called real, (D(G(x)) - 1)^2
+                  D's alone, not in the papers: + l_copy D(x)^2 / 2: an untouched x is a fake too
   (5) L_AGAN      the same of D([m, y]) and D([m, G(x)]); m = 1 - a_n, the foreground, of x
   (6) L_cycle     |G'(G(x)) - x|, a mean, as (7) and (8)
   (7) L_pixel     |G(x) - x|
@@ -19,8 +19,10 @@ is `g_ba`; D judges images of B; the numbers are this file's own):
   (9) L_tv        sum of |m[h+1, w] - m[h, w]| + |m[h, w+1] - m[h, w]|
  (10) objective   r (l_cycle L_cycle + l_pixel L_pixel + l_identity L_identity)
                   + (1 - r) (l_gan L_GAN + l_paired L_AGAN + l_tv L_tv)
- (11) r           ramp(t) min(1, (1 - e / c) / 0.65), e and c running means of L_GAN for G(x) and
-                  for x itself, so that e / c = 1 where G copies its input
+                  G's; D's terms are unweighted; without a curriculum both factors are 1
+ (11) r           0.5 t min(1, (1 - e / c) / 0.65), at least 0.01; t in [0, 1]: the run's progress;
+                  e and c are running means of (D(G(x)) - 1)^2 and (D(x) - 1)^2, so that e / c = 1
+                  where G copies its input; not in the papers, whose r is a step, 0.01 to 0.5
 
   --model   paper                                             generator           attention
   scheme1   AGGAN, Tang et al. 2019, arXiv 1903.12296         SchemeOneGenerator  one sigmoid mask
@@ -106,7 +108,7 @@ def fuse(x: Tensor, attention: Tensor, content: Tensor) -> Tensor:
 
 # ---------- 2. Building blocks ----------
 
-NORMS = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}  # the first without affine, as is
+NORMS = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}  # instance: no learnt scale, shift
 
 
 def conv_block(in_channels, out_channels, kernel, stride=1, norm="instance"):
@@ -358,7 +360,8 @@ def generator_objective(g, g_back, discriminators, x: Tensor, y: Tensor, r, conf
     """Eq. (10) of one direction: g translates x, g_back translates that back, y is of the target.
 
     x, y (B, 3, H, W), r a scalar -> the total, its terms (detached), the `Translation` of x.
-    discriminators: the target's, "gan" of Eq. (4), "paired" of Eq. (5). Weight 0: not computed.
+    discriminators: the target's, "gan" of Eq. (4), "paired" of Eq. (5); one whose weight is 0 is
+    not there. Other terms of weight 0 are not computed.
     """
     fake = g(x)
     keep = {}    # terms that ask for x to stay
@@ -386,13 +389,15 @@ def generator_objective(g, g_back, discriminators, x: Tensor, y: Tensor, r, conf
 def discriminator_objective(discriminators, real, fake, untouched, config: "Config"):
     """Eqs. (4) and (5) for the discriminators of one domain, halved -> total, terms by name.
 
-    real, fake, untouched: (image, mask), detached. A real image and the mask of its translation; a
-    translation and the mask that made it; an image of the other domain and its mask. The term
-    "copy" is not in the total: it is the L_GAN of a G that returns its input, c of Eq. (11).
+    Each an image (B, 3, H, W) and a mask (B, 1, H, W), detached:
+    real       an image of the domain; the mask that its own translation has
+    fake       a translation into the domain, or an earlier one; the mask that made it
+    untouched  an image of the other domain; the mask that its own translation has
+    The term "copy" is not in the total: what L_GAN of G would be if it copied, c of Eq. (11).
     """
     total, terms = 0, {}
     for name, discriminator in discriminators.items():
-        # Eq. (5) shows the translation's mask beside the real image too
+        # Eq. (5): the fake's mask stands beside the real image too
         mask = fake[1] if name == "paired" else real[1]
         on_real = adversarial_loss(discriminator(real[0], mask), True, config.gan)
         on_fake = adversarial_loss(discriminator(*fake), False, config.gan)
@@ -401,7 +406,7 @@ def discriminator_objective(discriminators, real, fake, untouched, config: "Conf
 
     # not in the papers: an untouched input is a fake as well, so that a copy is no way out
     if config.l_copy or config.curriculum == "adaptive":
-        logits = next(iter(discriminators.values()))(*untouched)
+        logits = next(iter(discriminators.values()))(*untouched)  # "gan", or "paired" without it
         terms["d_copy"] = adversarial_loss(logits, False, config.gan) / 2
         terms["copy"] = adversarial_loss(logits, True, config.gan)
         total = total + config.l_copy * terms["d_copy"]
@@ -442,7 +447,8 @@ class AdaptiveCurriculum(nn.Module):
 def scheduled_r(config: "Config", progress: float) -> float:
     """r of Eq. (10) by the clock alone; progress in [0, 1].
 
-    0.01 for 5 % of the run (10 of 200 epochs), then config.r ("papers") or config.r * progress.
+    0.01 for 5 % of the run (10 of 200 epochs), then config.r ("papers": a step), or
+    config.r * progress ("ramp": a line).
     """
     if progress < 0.05:
         return 0.01
@@ -527,7 +533,8 @@ class GatedGenerator(nn.Module):
 class MaskedDiscriminator(nn.Module):
     """Mejjati 2018: from `switch` on it sees an image only where mask >= tau, the rest grey (0).
 
-    Then it does without its norms, in which the blank background would count. Shapes: the head's.
+    Then its norm layers are left out, as their statistics would include the blank background.
+    Any model can have it: --tau. Shapes: the head's.
     """
 
     def __init__(self, width=64, norm="instance", head="patch", tau=0.1, switch=0.3):
