@@ -2582,6 +2582,24 @@ def test_bench(tmp_path, capsys):
         assert row["pairs_a_second"] * row["ms_a_step"] == pytest.approx(1000)
 
 
+def test_measure(tmp_path, capsys, monkeypatch):
+    measure = script("measure")
+    monkeypatch.setattr(measure, "TABLES", {"short": {"tiny": "--width 4 --blocks 1 --steps 1"}})
+    given = ["--runs", str(tmp_path), "--seeds", "1"]
+    measure.main(given)
+    trained = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"\| tiny \| `--width 4 .*` \| 0\.\d{3} \| 0\.\d{3} \|.*", trained)
+    measure.main([*given, "--print"])
+    assert capsys.readouterr().out.splitlines()[-1] == trained  # it is there
+    figures = [
+        {"a2b": dict(iou=iou, background_error=0.01, foreground_change=0.2)}
+        for iou in (0.5, 0.6, 0.9)
+    ]
+    assert measure.cell(figures[:2], "iou", "a2b") == "0.550 ± 0.071"  # sqrt(2 x 0.05^2)
+    assert measure.cell(figures, "iou", "a2b") == "0.500, 0.600, 0.900"
+    assert measure.cell(figures, "background_error", "a2b") == "0.0100, 0.0100, 0.0100"
+
+
 BAD_INPUT = [
     ("train --a nowhere --b empty", "nowhere: no such file or folder"),
     ("train --a empty --b nowhere", "empty: no images"),
