@@ -103,6 +103,8 @@ def main(argv=None):
             try:
                 found[options, seed] = measure(options, seed, Path(given.runs), not given.print)
             except aggan.BadInput as error:
+                if error.status >= 128:  # stopped by a signal
+                    parser.exit(error.status, f"{parser.prog}: {error}\n")
                 aggan.say(error, sys.stderr)
 
     columns = [(figure, way) for figure in FIGURES for way in ("a2b", "b2a")]
