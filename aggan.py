@@ -1188,12 +1188,12 @@ class Trainer:
         with self.autocast():
             loss, ab, to_b = generator_objective(g_ab, g_ba, d_b, real_a, real_b, r[0], self.config)
         self.scaler.scale(loss).backward(inputs=self.g_parameters)
+        fake_b = to_b.image.detach(), to_b.foreground.detach()
+        del loss, to_b  # their memory, before the other direction needs as much
         with self.autocast():
             loss, ba, to_a = generator_objective(g_ba, g_ab, d_a, real_b, real_a, r[1], self.config)
         self.scaler.scale(loss).backward(inputs=self.g_parameters)
-
         fake_a = to_a.image.detach(), to_a.foreground.detach()
-        fake_b = to_b.image.detach(), to_b.foreground.detach()
         return fake_a, fake_b, ab, ba
 
     def discriminator_gradients(self, real_a, own_a, fake_a, mask_a, real_b, own_b, fake_b, mask_b):
