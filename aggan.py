@@ -108,6 +108,9 @@ def fuse(x: Tensor, attention: Tensor, content: Tensor) -> Tensor:
 
 # ---------- 2. Building blocks ----------
 
+# Names as in CycleGAN's paper: c7s1-k, a 7x7 convolution of stride 1 to k channels; dk, 3x3 of
+# stride 2; Rk, a residual block; uk, upsampling. Numbers in strings such as d128 are for width 64.
+
 NORMS = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}  # instance: no learnt scale, shift
 
 
@@ -365,7 +368,7 @@ def generator_objective(g, g_back, discriminators, x: Tensor, y: Tensor, r, conf
     """
     fake = g(x)
     keep = {}    # terms that ask for x to stay
-    change = {}  # terms that ask for x to become a y
+    change = {}  # terms that ask for x to become a y, and, as in the papers, L_tv
 
     # masks are not detached: they learn from every term
     for name, discriminator in discriminators.items():
@@ -566,7 +569,7 @@ class GuidedGenerator(nn.Module):
     def __init__(self, guide, width=64, blocks=9, norm="instance", upsample="nearest"):
         super().__init__()
         self.generator = CycleGANGenerator(width, blocks, norm, upsample)
-        self.guide = (guide,)  # in a tuple, so that its weights are not this network's too
+        self.guide = (guide,)  # in a tuple nn.Module does not take it for a part of this one
 
     def forward(self, x: Tensor) -> Translation:
         mask = self.guide[0].attention(x).detach()      # (B, 1, H, W)
@@ -1185,6 +1188,7 @@ class Trainer:
         """Eq. (10), backwards -> fakes of A, of B, (image, mask); terms of A -> B, of B -> A."""
         g_ab, g_ba, d_a, d_b = self.nets.values()
         self.opt_g.zero_grad()
+        # one direction at a time, to hold one graph; inputs: discriminators get no gradients here
         with self.autocast():
             loss, ab, to_b = generator_objective(g_ab, g_ba, d_b, real_a, real_b, r[0], self.config)
         self.scaler.scale(loss).backward(inputs=self.g_parameters)
