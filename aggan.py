@@ -1475,7 +1475,7 @@ def batches(loader, lost: list):
         handler = signal.getsignal(getattr(signal, "SIGCHLD", signal.SIGINT))
         loading = iter(loader)
         with contextlib.suppress(AttributeError, ValueError):  # Windows has none; in a thread
-            signal.signal(signal.SIGCHLD, handler)   # PyTorch's would raise in the middle of a step
+            signal.signal(signal.SIGCHLD, handler)  # PyTorch's would raise in the middle of a step
         yield from loading
     except Exception as error:
         line = str(error).strip().splitlines()[-1].rpartition("BadInput: ")[2]

@@ -55,7 +55,7 @@ ROOT = Path(__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXERCISES = (ROOT / "data" / "exercises.md").read_text(encoding="utf-8")
 CPU = torch.device("cpu")
-torch.set_num_threads(1)               # small networks; and processes that are compared round alike
+torch.set_num_threads(1)  # small networks; and processes that are compared round alike
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # of processes side by side
 
 needs_posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX signals")
@@ -644,7 +644,7 @@ def test_pool_keeps_image_and_mask_together():
         assert i >= 4 or torch.equal(images[:, 0, 0, 0], ids.flatten())  # while it fills
         returned += images[:, 0, 0, 0].tolist()
     assert len(pool.items) == 5 and len(set(returned[5:])) == 95  # each leaves it once
-    assert 25 < sum(x < i for i, x in enumerate(returned)) < 75   # about half are earlier ones
+    assert 25 < sum(x < i for i, x in enumerate(returned)) < 75  # about half are earlier ones
 
 
 def test_pool_of_size_zero_returns_what_came_in():
@@ -2359,7 +2359,7 @@ def test_mask_figures_by_hand():
     mask = torch.tensor([[True, False], [True, False]])
     t = Translation(image, attention, torch.zeros(1, 1, 3, 2, 2))
     figures = aggan.mask_figures(torch.zeros(3, 2, 2), t, mask)
-    assert figures["iou"] == pytest.approx(1 / 3)              # found: upper row; true: left column
+    assert figures["iou"] == pytest.approx(1 / 3)  # found: upper row; true: left column
     assert figures["background_error"] == pytest.approx(0.125)  # (0.5 + 0) / 2, halved: in [0, 1]
     assert figures["foreground_change"] == pytest.approx(0.3)  # (1 + 0.2) / 2, halved
     assert figures["mean_attention"] == pytest.approx(0.5)
@@ -2588,9 +2588,13 @@ def test_measure(tmp_path, capsys, monkeypatch):
     given = ["--runs", str(tmp_path), "--seeds", "1"]
     measure.main(given)
     trained = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(r"\| tiny \| `--width 4 .*` \| 0\.\d{3} \| 0\.\d{3} \|.*", trained)
+    assert re.fullmatch(r"\| tiny \| `--width 4 .*` \| 0 \| 0\.\d{3} \| 0\.\d{3} \|.*", trained)
     measure.main([*given, "--print"])
     assert capsys.readouterr().out.splitlines()[-1] == trained  # it is there
+    (tmp_path / "1x1-0").write_text("not a run folder")
+    with pytest.raises(aggan.BadInput):
+        measure.measure("1x1", 0, tmp_path)
+    assert aggan.SchemeTwoGenerator is SchemeTwoGenerator  # no other row has its last layer
     figures = [
         {"a2b": dict(iou=iou, background_error=0.01, foreground_change=0.2)}
         for iou in (0.5, 0.6, 0.9)

@@ -64,20 +64,24 @@ def measure(options, seed, runs, train=True):
     name = options.replace("--", "").replace(" ", "-") or "default"
     out, scheme2 = runs / f"{name}-{seed}", aggan.SchemeTwoGenerator
     figures = out.with_suffix(".json")
-    if not figures.exists() and not train:
+    if figures.exists():
+        return json.loads(figures.read_text())
+    if not train:
         raise aggan.BadInput(f"{figures}: not there yet")
-    if not figures.exists():
-        small = ["--seed", str(seed), "--out", str(out), "--resume", "--device", "cpu"]
-        aggan.SchemeTwoGenerator = OneByOne if options == "1x1" else scheme2
-        given = vars(
-            aggan.make_parser().parse_args(["train", *options.replace("1x1", "").split(), *small])
-        )
-        given.pop("command")
+
+    small = ["--seed", str(seed), "--out", str(out), "--resume", "--device", "cpu"]
+    changes = ["train", *options.replace("1x1", "").split(), *small]
+    given = vars(aggan.make_parser().parse_args(changes))
+    given.pop("command")
+    try:
+        if options == "1x1":
+            aggan.SchemeTwoGenerator = OneByOne
         aggan.run_train(**given)
-        results = json.dumps(aggan.evaluate(out, device="cpu"))
-        aggan.write_whole(figures, lambda file: file.write(results.encode()))
+        results = aggan.evaluate(out, device="cpu")
+    finally:  # the next row has the usual one, though another process may hold this run
         aggan.SchemeTwoGenerator = scheme2
-    return json.loads(figures.read_text())
+    aggan.write_whole(figures, lambda file: file.write(json.dumps(results).encode()))
+    return results
 
 
 def cell(results, figure, way):
@@ -110,11 +114,14 @@ def main(argv=None):
     columns = [(figure, way) for figure in FIGURES for way in ("a2b", "b2a")]
     for name in given.tables:
         heads = (f"{figure.replace('_', ' ')} {way}" for figure, way in columns)
-        print(f"\n| {name} | option | {' | '.join(heads)} |\n|{'---|' * (len(columns) + 2)}")
+        print(f"\n| {name} | option | seeds | {' | '.join(heads)} |")
+        print("|" + "---|" * (len(columns) + 3))
         for row, options in TABLES[name].items():
-            results = [found[options, s] for s in range(given.seeds) if (options, s) in found]
+            seeds = [seed for seed in range(given.seeds) if (options, seed) in found]
+            results = [found[options, seed] for seed in seeds]
             cells = (cell(results, *column) if results else "-" for column in columns)
-            print(f"| {row} | {f'`{options}`' if options else ''} | {' | '.join(cells)} |")
+            option = f"`{options}`" if options.startswith("--") else ""
+            print(f"| {row} | {option} | {', '.join(map(str, seeds))} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
