@@ -45,6 +45,7 @@ intersection over union of 0.88 (A -> B) and 0.87 (B -> A), means of seeds 0, 1,
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc
@@ -398,12 +399,13 @@ def discriminator_objective(discriminators, real, fake, untouched, config: "Conf
     untouched  an image of the other domain; the mask that its own translation has
     The term "copy" is not in the total: what L_GAN of G would be if it copied, c of Eq. (11).
     """
+    (real_image, real_mask), (fake_image, fake_mask) = real, fake
     total, terms = 0, {}
     for name, discriminator in discriminators.items():
         # Eq. (5): the fake's mask stands beside the real image too
-        mask = fake[1] if name == "paired" else real[1]
-        on_real = adversarial_loss(discriminator(real[0], mask), True, config.gan)
-        on_fake = adversarial_loss(discriminator(*fake), False, config.gan)
+        mask = fake_mask if name == "paired" else real_mask
+        on_real = adversarial_loss(discriminator(real_image, mask), True, config.gan)
+        on_fake = adversarial_loss(discriminator(fake_image, fake_mask), False, config.gan)
         terms["d_" + name] = (on_real + on_fake) / 2
         total = total + terms["d_" + name]
 
@@ -543,6 +545,9 @@ class MaskedDiscriminator(nn.Module):
     def __init__(self, width=64, norm="instance", head="patch", tau=0.1, switch=0.3):
         super().__init__()
         self.judge = HEADS[head](3, width, norm)
+        kept = nn.Conv2d, nn.LeakyReLU, nn.AdaptiveAvgPool2d
+        layers = (layer for layer in self.judge.modules() if isinstance(layer, kept))
+        self.without_norms = (nn.Sequential(*layers),)  # a tuple: they are saved once, as judge's
         self.tau, self.switch = tau, switch
         self.masked = False
 
@@ -553,11 +558,7 @@ class MaskedDiscriminator(nn.Module):
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
         if not self.masked:
             return self.judge(image)
-        x = image * (mask >= self.tau)
-        for layer in self.judge.modules():  # in the order of its forward
-            if isinstance(layer, (nn.Conv2d, nn.LeakyReLU, nn.AdaptiveAvgPool2d)):
-                x = layer(x)
-        return x.float()
+        return self.without_norms[0](image * (mask >= self.tau)).float()
 
 
 class GuidedGenerator(nn.Module):
@@ -1044,61 +1045,6 @@ FORMAT = 8                                                                      
 RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)  # torchrun's
 
 
-class Recorded:
-    """A function of CUDA tensors, called like it: the fourth call records it as a CUDA graph.
-
-    From then on it is replayed, one launch in place of thousands; what a replay returns, the next
-    overwrites. Where recording fails, or the first replay returns what an eager call does not, one
-    line says so, and the function is called as it is. state: tensors that it changes in place.
-    """
-
-    def __init__(self, function, state=()):
-        self.function, self.state = function, list(state)
-        self.calls, self.graph = 0, None  # set back to these, it records anew
-
-    def __call__(self, *inputs):
-        self.calls += 1
-        if self.calls == 4:  # by now libraries and compilers have settled
-            self.record(inputs)
-        if self.graph is None:
-            return self.function(*inputs)
-        for static, new in zip(self.inputs, inputs):
-            static.copy_(new)
-        self.graph.replay()
-        return self.outputs
-
-    def record(self, inputs):
-        self.inputs = [x.clone() for x in inputs]
-        before = [x.clone() for x in self.state]
-        gc.collect()  # memory that is freed in the middle would spoil it
-        try:
-            expected = self.function(*inputs)
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            # thread_local: loaders pin memory meanwhile
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self.outputs = self.function(*self.inputs)
-            graph.replay()
-            close = dict(rtol=0.05, atol=0.05, equal_nan=True)  # far above what rounding does
-            torch.testing.assert_close(self.outputs, expected, **close)
-            self.graph = graph
-        except Exception as error:  # CUDA's, the allocator's, a library's
-            self.inputs = self.outputs = None
-            say(f"no CUDA graph, going on without: {brief(error)}", sys.stderr)
-        for x, old in zip(self.state, before):
-            x.copy_(old)
-
-
-def or_eager(function, *inputs):
-    """function(*inputs), of compiled networks; where that fails, one line, and again without."""
-    try:
-        return function(*inputs)
-    except Exception as error:  # whatever a compiler raises, in a forward or a backward
-        failure = brief(error)
-    say(f"torch.compile failed, going on without: {failure}", sys.stderr)
-    torch.compiler.set_stance("force_eager")
-    return function(*inputs)
-
-
 class Trainer:
     """Networks, optimisers, pools, curriculum and position of a run; `step` trains.
 
@@ -1113,9 +1059,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.nets = build(config).to(device)
         torch.manual_seed(config.seed + RANK)
-        g_ab, g_ba, self.d_a, self.d_b = self.nets.values()
+        g_ab, g_ba, d_a, d_b = self.nets.values()
         self.g_parameters = [*g_ab.parameters(), *g_ba.parameters()]
-        self.d_parameters = [*self.d_a.parameters(), *self.d_b.parameters()]
+        self.d_parameters = [*d_a.parameters(), *d_b.parameters()]
         self.opt_g = torch.optim.Adam(self.g_parameters, config.lr, (0.5, 0.999), fused=True)
         self.opt_d = torch.optim.Adam(self.d_parameters, config.lr, (0.5, 0.999), fused=True)
         self.curriculum = AdaptiveCurriculum(total, config.r).to(device)
@@ -1124,21 +1070,12 @@ class Trainer:
         self.phase = None
 
         # precision and speed
-        cuda = device.type == "cuda"
-        recent = cuda and torch.cuda.get_device_capability() >= (8, 0)
-        auto = "bf16" if recent else "fp16" if cuda else "fp32"
-        self.dtype = PRECISIONS[auto if config.precision == "auto" else config.precision]
+        self.dtype = pick_precision(config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         torch.backends.cudnn.benchmark = True  # all batches have one shape
         self.graphs = []
-        if cuda and config.compile:
-            say("--compile: the first steps take minutes")
-            torch.compiler.set_stance("default")
-            for net in (g_ab, g_ba, *self.d_a.values(), *self.d_b.values()):
-                net.compile(dynamic=False)
-        if cuda:
-            self.generator_gradients = self.fast(self.generator_gradients)
-            self.discriminator_gradients = self.fast(self.discriminator_gradients)
+        if device.type == "cuda":
+            self.make_fast()
 
         # for the log: figures of the steps since its last line, their names; lines to write yet,
         # bytes written
@@ -1158,26 +1095,26 @@ class Trainer:
         r = self.start()  # (2,): of A -> B, of B -> A
 
         # generators: gradients of both directions, one update
-        fake_a, fake_b, ab, ba = self.generator_gradients(real_a, real_b, r)
+        fake_a, fake_b, mask_a, mask_b, ab, ba = self.generator_gradients(real_a, real_b, r)
         self.update(self.opt_g, self.g_parameters)
 
         # discriminators: fakes of this step and of earlier ones, each with the mask that made it
-        own_a, own_b = fake_b[1], fake_a[1]  # masks of the real images
-        old_a, old_b = self.pool_a.query(*fake_a), self.pool_b.query(*fake_b)
-        a, b = self.discriminator_gradients(real_a, own_a, *old_a, real_b, own_b, *old_b)
+        old_a = self.pool_a.query(fake_a, mask_b)  # a fake of A was made of a B
+        old_b = self.pool_b.query(fake_b, mask_a)
+        a, b = self.discriminator_gradients((real_a, mask_a), (real_b, mask_b), old_a, old_b)
         self.update(self.opt_d, self.d_parameters)
         self.scaler.update()
 
         # how far each direction copies decides its next r, Eq. (11)
         if self.config.curriculum == "adaptive":
-            judge = next(iter(self.d_a))  # "gan", or "paired" where there is no other
+            judge = next(iter(self.nets["d_a"]))  # "gan", or "paired" where there is no other
             e, c = torch.stack([ab[judge], ba[judge]]), torch.stack([b["copy"], a["copy"]])
             self.curriculum.update(self.done, *average(torch.stack([e, c])))
 
         self.done += 1
         figures = {name: ab[name] + ba[name] for name in ab}
         figures |= {name: a[name] + b[name] for name in a}
-        figures |= {"attention_ab": own_a.mean(), "attention_ba": own_b.mean()}
+        figures |= {"attention_ab": mask_a.mean(), "attention_ba": mask_b.mean()}
         if self.config.curriculum != "none":
             figures |= {"r_ab": r[0], "r_ba": r[1]}
         self.names = list(figures)
@@ -1185,32 +1122,35 @@ class Trainer:
         return dict(zip(self.names, self.rows[-1]))
 
     def generator_gradients(self, real_a: Tensor, real_b: Tensor, r: Tensor):
-        """Eq. (10), backwards -> fakes of A, of B, (image, mask); terms of A -> B, of B -> A."""
+        """Eq. (10), backwards -> fakes of A and B, masks of real_a and real_b, terms of both ways.
+
+        One direction at a time, to hold one graph. inputs: discriminators get no gradients here.
+        """
         g_ab, g_ba, d_a, d_b = self.nets.values()
         self.opt_g.zero_grad()
-        # one direction at a time, to hold one graph; inputs: discriminators get no gradients here
         with self.autocast():
             loss, ab, to_b = generator_objective(g_ab, g_ba, d_b, real_a, real_b, r[0], self.config)
         self.scaler.scale(loss).backward(inputs=self.g_parameters)
-        fake_b = to_b.image.detach(), to_b.foreground.detach()
+        fake_b, mask_a = to_b.image.detach(), to_b.foreground.detach()
         del loss, to_b  # their memory, before the other direction needs as much
+
         with self.autocast():
             loss, ba, to_a = generator_objective(g_ba, g_ab, d_a, real_b, real_a, r[1], self.config)
         self.scaler.scale(loss).backward(inputs=self.g_parameters)
-        fake_a = to_a.image.detach(), to_a.foreground.detach()
-        return fake_a, fake_b, ab, ba
+        fake_a, mask_b = to_a.image.detach(), to_a.foreground.detach()
+        return fake_a, fake_b, mask_a, mask_b, ab, ba
 
-    def discriminator_gradients(self, real_a, own_a, fake_a, mask_a, real_b, own_b, fake_b, mask_b):
-        """Eqs. (4), (5), backwards, of images, their masks, fakes, theirs -> terms of A, of B."""
-        a, b = (real_a, own_a), (real_b, own_b)
+    def discriminator_gradients(self, real_a, real_b, fake_a, fake_b):
+        """Eqs. (4), (5), backwards; each an image and a mask -> terms of A's, of B's."""
+        _, _, d_a, d_b = self.nets.values()
         self.opt_d.zero_grad()
         with self.autocast():
-            loss, of_b = discriminator_objective(self.d_b, b, (fake_b, mask_b), a, self.config)
+            loss, b = discriminator_objective(d_b, real_b, fake_b, real_a, self.config)
         self.scaler.scale(loss).backward(inputs=self.d_parameters)
         with self.autocast():
-            loss, of_a = discriminator_objective(self.d_a, a, (fake_a, mask_a), b, self.config)
+            loss, a = discriminator_objective(d_a, real_a, fake_a, real_b, self.config)
         self.scaler.scale(loss).backward(inputs=self.d_parameters)
-        return of_a, of_b
+        return a, b
 
     def update(self, optimizer, parameters):
         """One Adam step, on the mean gradient of all processes."""
@@ -1222,14 +1162,22 @@ class Trainer:
         optimizer.param_groups[0]["lr"] = learning_rate(self.config, self.done / self.total)
         self.scaler.step(optimizer)
 
-    def fast(self, function):
-        """The same function, of compiled networks or recorded, as the configuration asks."""
+    def make_fast(self):
+        """On CUDA: compiles the networks and records the two methods above, as the options ask."""
         if self.config.compile:
-            function = functools.partial(or_eager, function)
+            say("--compile: the first steps take minutes")
+            torch.compiler.set_stance("default")
+            g_ab, g_ba, d_a, d_b = self.nets.values()
+            for net in (g_ab, g_ba, *d_a.values(), *d_b.values()):
+                net.compile(dynamic=False)
+            self.generator_gradients = functools.partial(or_eager, self.generator_gradients)
+            self.discriminator_gradients = functools.partial(or_eager, self.discriminator_gradients)
         if self.config.graph:
-            function = Recorded(function, self.nets.buffers())
-            self.graphs.append(function)
-        return function
+            self.generator_gradients = Recorded(self.generator_gradients, self.nets.buffers())
+            self.discriminator_gradients = Recorded(
+                self.discriminator_gradients, self.nets.buffers()
+            )
+            self.graphs = [self.generator_gradients, self.discriminator_gradients]
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -1277,25 +1225,89 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict):
-        """A state of another number of processes, or a damaged one, can raise anything."""
+        """ValueError for another number of processes, or whatever a damaged state raises."""
         if state["world"] != WORLD:
             raise ValueError(f"a run of {state['world']} processes, here are {WORLD}")
-        self.done = range(self.total + 1).index(state["step"])
+        if not 0 <= state["step"] <= self.total:
+            raise ValueError(f"step {state['step']} of {self.total}")
+        self.done = state["step"]
         self.rows = [row.to(self.device) for row in state["rows"]]
         self.names, self.log, self.logged = state["names"], state["log"], int(state["logged"])
         for name, part in self.parts.items():
             if name != "scaler" or state["parts"][name]:  # one that was not needed is empty
                 part.load_state_dict(state["parts"][name])
         for p, moments in [*self.opt_g.state.items(), *self.opt_d.state.items()]:
-            moments["exp_avg"].view_as(p), moments["exp_avg_sq"].view_as(p)  # Adam does not look
+            if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
+                raise ValueError("Adam's means of another shape")  # Adam does not look
 
         size = self.config.size
         for pool, items in zip((self.pool_a, self.pool_b), state["pools"], strict=True):
-            for image, mask in items:
-                image, mask = image.view(3, size, size), mask.view(1, size, size)
-                pool.items.append((image.to(self.device), mask.to(self.device)))
+            pool.items = [(image.to(self.device), mask.to(self.device)) for image, mask in items]
+            for image, mask in pool.items:
+                if image.shape != (3, size, size) or mask.shape != (1, size, size):
+                    raise ValueError("a pool of images of another size")
         if RANK == 0:
             torch.set_rng_state(state["random"])
+
+
+class Recorded:
+    """A function of CUDA tensors, or pairs of them: the fourth call records it as a CUDA graph.
+
+    From then on it is replayed, one launch in place of thousands; what a replay returns, the next
+    overwrites. Where recording fails, or the first replay returns what an eager call does not, one
+    line says so, and the function is called as it is. state: tensors that it changes in place.
+    """
+
+    def __init__(self, function, state=()):
+        self.function, self.state = function, list(state)
+        self.calls, self.graph = 0, None  # set back to these, it records anew
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls == 4:  # by now libraries and compilers have settled
+            self.record(inputs)
+        if self.graph is None:
+            return self.function(*inputs)
+        for static, new in zip(flat(self.inputs), flat(inputs)):
+            static.copy_(new)
+        self.graph.replay()
+        return self.outputs
+
+    def record(self, inputs):
+        self.inputs = copy.deepcopy(inputs)
+        before = [x.clone() for x in self.state]
+        gc.collect()  # memory that is freed in the middle would spoil it
+        try:
+            expected = self.function(*inputs)
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            # thread_local: loaders pin memory meanwhile
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self.outputs = self.function(*self.inputs)
+            graph.replay()
+            close = dict(rtol=0.05, atol=0.05, equal_nan=True)  # far above what rounding does
+            torch.testing.assert_close(self.outputs, expected, **close)
+            self.graph = graph
+        except Exception as error:  # CUDA's, the allocator's, a library's
+            self.inputs = self.outputs = None
+            say(f"no CUDA graph, going on without: {brief(error)}", sys.stderr)
+        for x, old in zip(self.state, before):
+            x.copy_(old)
+
+
+def flat(inputs) -> list[Tensor]:
+    """Tensors and tuples of tensors -> the tensors."""
+    return [x for part in inputs for x in (part if isinstance(part, tuple) else (part,))]
+
+
+def or_eager(function, *inputs):
+    """function(*inputs), of compiled networks; where that fails, one line, and again without."""
+    try:
+        return function(*inputs)
+    except Exception as error:  # whatever a compiler raises, in a forward or a backward
+        failure = brief(error)
+    say(f"torch.compile failed, going on without: {failure}", sys.stderr)
+    torch.compiler.set_stance("force_eager")
+    return function(*inputs)
 
 
 def average(x: Tensor) -> Tensor:
@@ -1309,6 +1321,15 @@ def average(x: Tensor) -> Tensor:
 def learning_rate(config: Config, progress: float) -> float:
     """Constant for the first half of the run, then linearly to 0 at progress = 1."""
     return config.lr * min(1.0, 2 - 2 * progress)
+
+
+def pick_precision(config: Config, device: torch.device) -> torch.dtype | None:
+    """Of convolutions; None: float32. auto: on CUDA bf16, or fp16 where the GPU has no bf16."""
+    if config.precision != "auto":
+        return PRECISIONS[config.precision]
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
 def pick_device(name: str) -> torch.device:
