@@ -1,12 +1,16 @@
-"""Measures the course: python data/measure.py [--seeds 3] [TABLE ...]
+"""Measures the course: python data/measure.py [TABLE ...]
 
 Trains and evaluates what the tables of results.md compare, each row with several seeds, and prints
 the tables in Markdown: means ± standard deviations of the figures of `evaluate`, or each seed's,
 where their IoU differs by more than 0.1.
 
+    python data/measure.py family objectives pieces
+    python data/measure.py photographs --a trainA --b trainB --runs runs/photographs
+
 Runs and their figures are kept in runs/measure. What is there is not done again, and what another
 process trains is left to it, so that two may work side by side, each with one thread
-(OMP_NUM_THREADS=1). A run takes three to four minutes.
+(OMP_NUM_THREADS=1). A run takes three to four minutes. Of one's own images, which have no masks,
+the mean attention is measured, and the translations are kept beside each run for KID and FID.
 """
 
 import json
@@ -47,6 +51,12 @@ TABLES = {
         "transposed convolutions": "--upsample transposed",
         "the masks' last layer 1x1": "1x1",
     },
+    "photographs": {
+        "cyclegan": "--model cyclegan",
+        "scheme1": "--model scheme1",
+        "scheme2": "",
+        "scheme2, released": "--objective released",
+    },
 }
 FIGURES = "iou", "background_error", "foreground_change"
 
@@ -59,8 +69,11 @@ class OneByOne(aggan.SchemeTwoGenerator):
         self.attention_decoder[-1] = nn.Conv2d(width, masks, 1)
 
 
-def measure(options, seed, runs, train=True):
-    """-> what `evaluate` finds, of a run that is trained if it is not there yet."""
+def measure(options, seed, runs, train=True, folders=()):
+    """-> what `evaluate` finds, of a run that is trained if it is not there yet.
+
+    folders: options that name images; without, the drawings.
+    """
     name = options.replace("--", "").replace(" ", "-") or "default"
     out, scheme2 = runs / f"{name}-{seed}", aggan.SchemeTwoGenerator
     figures = out.with_suffix(".json")
@@ -70,14 +83,15 @@ def measure(options, seed, runs, train=True):
         raise aggan.BadInput(f"{figures}: not there yet")
 
     small = ["--seed", str(seed), "--out", str(out), "--resume", "--device", "cpu"]
-    changes = ["train", *options.replace("1x1", "").split(), *small]
+    changes = ["train", *options.replace("1x1", "").split(), *small, *folders]
     given = vars(aggan.make_parser().parse_args(changes))
     given.pop("command")
     try:
         if options == "1x1":
             aggan.SchemeTwoGenerator = OneByOne
         aggan.run_train(**given)
-        results = aggan.evaluate(out, device="cpu")
+        scored = str(out) + "-scored" if folders else ""
+        results = aggan.evaluate(out, save=scored, device="cpu")
     finally:  # the next row has the usual one, though another process may hold this run
         aggan.SchemeTwoGenerator = scheme2
     aggan.write_whole(figures, lambda file: file.write(json.dumps(results).encode()))
@@ -86,7 +100,8 @@ def measure(options, seed, runs, train=True):
 
 def cell(results, figure, way):
     """One figure of several seeds: its mean ± standard deviation, or, where they differ, each."""
-    values, found = ([result[way][name] for result in results] for name in (figure, "iou"))
+    values = [result[way][figure] for result in results]
+    found = [result[way]["iou"] or 0 for result in results]
     digits = {"iou": 3, "background_error": 4}.get(figure, 2)
     if max(found) - min(found) > 0.1 or len(values) == 1:
         return ", ".join(f"{value:.{digits}f}" for value in values)
@@ -95,23 +110,32 @@ def cell(results, figure, way):
 
 def main(argv=None):
     parser = aggan.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("tables", nargs="*", default=list(TABLES), help="default: all")
+    drawings = [name for name in TABLES if name != "photographs"]
+    parser.add_argument("tables", nargs="*", default=drawings, help=f"of {', '.join(TABLES)}")
+    parser.add_argument("--a", help="images of domain A to train on, not the drawings")
+    parser.add_argument("--b", help="images of domain B")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...")
     parser.add_argument("--runs", default="runs/measure", help="folder of the runs")
     parser.add_argument("--print", action="store_true", help="what is there, and train nothing")
     given, found = parser.parse_args(argv), {}
+    for name in given.tables:
+        if name not in TABLES or bool(given.a) != (name == "photographs"):
+            parser.error(f"{name}: a table of {', '.join(TABLES)}; photographs needs --a and --b")
+    folders = ["--a", given.a, "--b", given.b or "", "--small"] if given.a else []
 
     rows = {options: None for name in given.tables for options in TABLES[name].values()}
     for seed in range(given.seeds):
         for options in rows:
             try:
-                found[options, seed] = measure(options, seed, Path(given.runs), not given.print)
+                train, runs = not given.print, Path(given.runs)
+                found[options, seed] = measure(options, seed, runs, train, folders)
             except aggan.BadInput as error:
                 if error.status >= 128:  # stopped by a signal
                     parser.exit(error.status, f"{parser.prog}: {error}\n")
                 aggan.say(error, sys.stderr)
 
-    columns = [(figure, way) for figure in FIGURES for way in ("a2b", "b2a")]
+    figures = ("mean_attention",) if given.a else FIGURES
+    columns = [(figure, way) for figure in figures for way in ("a2b", "b2a")]
     for name in given.tables:
         heads = (f"{figure.replace('_', ' ')} {way}" for figure, way in columns)
         print(f"\n| {name} | option | seeds | {' | '.join(heads)} |")
