@@ -49,6 +49,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import glob
 import inspect
 import io
 import json
@@ -545,8 +546,8 @@ class MaskedDiscriminator(nn.Module):
     def __init__(self, width=64, norm="instance", head="patch", tau=0.1, switch=0.3):
         super().__init__()
         self.judge = HEADS[head](3, width, norm)
-        kept = nn.Conv2d, nn.LeakyReLU, nn.AdaptiveAvgPool2d
-        layers = (layer for layer in self.judge.modules() if isinstance(layer, kept))
+        left_out = nn.Sequential, type(self.judge), *NORMS.values()
+        layers = (layer for layer in self.judge.modules() if not isinstance(layer, left_out))
         self.without_norms = (nn.Sequential(*layers),)  # a tuple: they are saved once, as judge's
         self.tau, self.switch = tau, switch
         self.masked = False
@@ -640,7 +641,8 @@ GUIDES = {"pha": ActivationDiscriminator, "tam": ResidualAttentionDiscriminator}
 class Config:
     """One run; each field is an option of `train`, its comment the help text.
 
-    The last one wins: these defaults, OBJECTIVES, PRESETS (by model), SMALL, the command line.
+    The last one wins: these defaults, OBJECTIVES, PRESETS (by model), SMALL (but for an l_tv of
+    theirs), the command line.
     """
 
     # data
@@ -704,6 +706,7 @@ PRESETS = {
     "scheme1": {},
     "scheme2": {},
     "cyclegan": NO_CURRICULUM,
+    # not the paper's, but without a curriculum its masks fall to 0 here: r, l_copy
     "mejjati": dict(objective="released", l_identity=0.0, lr=1e-4, tau=0.1, r=0.8),
     "guided": dict(NO_CURRICULUM, l_identity=0.0),
 }
@@ -811,7 +814,8 @@ def build(config: Config) -> nn.ModuleDict:
     # weights N(0, 0.02), a norm's N(1, 0.02), as in DCGAN
     for module in nets.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
-            nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
+            mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
+            nn.init.normal_(module.weight, mean, 0.02)
             nn.init.zeros_(module.bias)
     return nets
 
@@ -832,7 +836,7 @@ def brief(error) -> str:
 
 
 @contextlib.contextmanager
-def reading(path, failure="not a checkpoint that this can use"):
+def blaming(path, failure="not a checkpoint that this can use"):
     """Within, whatever goes wrong is the file's fault: BadInput."""
     try:
         yield
@@ -881,9 +885,12 @@ def walk(place):
             continue
         seen.add(os.path.realpath(folder))
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
-            known = path.suffix.lower() in kinds
-            unknown = f"{path.suffix or 'no suffix'}, not read by Pillow: convert it"
-            yield path, "a dead link" if not path.exists() else "" if known else unknown
+            if not path.exists():
+                yield path, "a dead link"
+            elif path.suffix.lower() not in kinds:
+                yield path, f"{path.suffix or 'no suffix'}, not read by Pillow: convert it"
+            else:
+                yield path, ""
 
 
 def list_images(folder) -> list[Path]:
@@ -918,7 +925,7 @@ def load_image(path, mode="RGB", size=0) -> Image.Image:
 
     mode None: RGB or RGBA, by what it has. size: of the shorter side, if not 0. BadInput.
     """
-    with reading(path, "not a usable image"), Image.open(path) as image:
+    with blaming(path, "not a usable image"), Image.open(path) as image:
         if image.format == "EPS" or max(image.size) > 100 * min(image.size) and size:
             raise ValueError(f"{image.format} of {image.width} x {image.height} pixels")
         image = ImageOps.exif_transpose(image)
@@ -986,7 +993,7 @@ class UnpairedImages(Dataset):
             for k, folder in folders.items()
         }
         self.size, self.resize, self.seed = size, resize, seed
-        self.useless = {k: torch.zeros(len(p)) for k, p in self.paths.items()}  # 1: no use
+        self.useless = {k: torch.zeros(len(p), dtype=torch.bool) for k, p in self.paths.items()}
 
     def __len__(self):
         return max(len(self.paths["a"]), len(self.paths["b"]))
@@ -1002,7 +1009,7 @@ class UnpairedImages(Dataset):
             image = None if useless[k] else attempt(load_image, paths[k], "RGB", self.resize)
             if image:
                 break
-            useless[k] = 1
+            useless[k] = True
         else:
             raise BadInput(f"{paths[0].parent}: not one usable image")
 
@@ -1034,7 +1041,7 @@ def sample_images(config: Config) -> list[Tensor]:
     folders = []
     for folder in domain_folders(config):
         test = sibling(folder, "train", "test")
-        folders.append(test if test and not all(why for _, why in walk(test)) else folder)
+        folders.append(test if test and any(not why for _, why in walk(test)) else folder)
     images = UnpairedImages(*folders, config.size, config.size, config.seed)
     return [torch.stack(column) for column in zip(*(images[i] for i in range(4)))]
 
@@ -1062,8 +1069,9 @@ class Trainer:
         g_ab, g_ba, d_a, d_b = self.nets.values()
         self.g_parameters = [*g_ab.parameters(), *g_ba.parameters()]
         self.d_parameters = [*d_a.parameters(), *d_b.parameters()]
-        self.opt_g = torch.optim.Adam(self.g_parameters, config.lr, (0.5, 0.999), fused=True)
-        self.opt_d = torch.optim.Adam(self.d_parameters, config.lr, (0.5, 0.999), fused=True)
+        adam = dict(betas=(0.5, 0.999), fused=True)
+        self.opt_g = torch.optim.Adam(self.g_parameters, config.lr, **adam)
+        self.opt_d = torch.optim.Adam(self.d_parameters, config.lr, **adam)
         self.curriculum = AdaptiveCurriculum(total, config.r).to(device)
         self.pool_a, self.pool_b = ImagePool(config.pool), ImagePool(config.pool)
         self.changing = [net for net in self.nets.modules() if hasattr(net, "set_progress")]
@@ -1092,7 +1100,7 @@ class Trainer:
         pinned = self.device.type == "cuda"  # elsewhere it would not be safe
         real_a = real_a.to(self.device, non_blocking=pinned)
         real_b = real_b.to(self.device, non_blocking=pinned)
-        r = self.start()  # (2,): of A -> B, of B -> A
+        r = self.begin()  # (2,): of A -> B, of B -> A
 
         # generators: gradients of both directions, one update
         fake_a, fake_b, mask_a, mask_b, ab, ba = self.generator_gradients(real_a, real_b, r)
@@ -1182,13 +1190,13 @@ class Trainer:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
-    def start(self) -> Tensor:
+    def begin(self) -> Tensor:
         """Tells the networks how far the run is -> r of this step, Eq. (10): (2,)."""
         progress = self.done / self.total
         phase = [net.set_progress(progress) for net in self.changing]
         if phase != self.phase:  # what was recorded is void
             for graph in self.graphs:
-                graph.calls, graph.graph = 0, None
+                graph.forget()
         self.phase = phase
         if self.config.curriculum == "adaptive":
             return self.curriculum(self.done)
@@ -1260,7 +1268,11 @@ class Recorded:
 
     def __init__(self, function, state=()):
         self.function, self.state = function, list(state)
-        self.calls, self.graph = 0, None  # set back to these, it records anew
+        self.forget()
+
+    def forget(self):
+        """The fourth call from now on is recorded."""
+        self.calls, self.graph, self.inputs, self.outputs = 0, None, None, None
 
     def __call__(self, *inputs):
         self.calls += 1
@@ -1288,7 +1300,7 @@ class Recorded:
             torch.testing.assert_close(self.outputs, expected, **close)
             self.graph = graph
         except Exception as error:  # CUDA's, the allocator's, a library's
-            self.inputs = self.outputs = None
+            self.inputs, self.outputs = None, None
             say(f"no CUDA graph, going on without: {brief(error)}", sys.stderr)
         for x, old in zip(self.state, before):
             x.copy_(old)
@@ -1353,9 +1365,10 @@ def load_checkpoint(run) -> dict:
     path = Path(run, "checkpoint.pt") if Path(run).is_dir() else Path(run)
     if not path.is_file():
         raise BadInput(f"{run}: no checkpoint.pt here; name a run folder, such as runs/NAME")
-    with reading(path):
-        if zipfile.ZipFile(path).testzip():  # torch.load looks at no checksum
-            raise ValueError("damaged")
+    with blaming(path):
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load looks at no checksum
+                raise ValueError("damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT:
             raise ValueError(f"of format {state['format']}, this program's is {FORMAT}")
@@ -1386,18 +1399,23 @@ def save_samples(path: Path, nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor
     return grid
 
 
-def tensorboard(run: Path, step: int):
-    """TensorBoard's writer; what a killed run wrote there after `step` is shown no more."""
+def tensorboard(config: Config, step: int):
+    """TensorBoard's writer, or, not asked for, None; closed at the end of a `with`.
+
+    What a killed run wrote there after `step` is shown no more.
+    """
+    if RANK or not config.tensorboard:
+        return contextlib.nullcontext()
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise BadInput("--tensorboard needs one more package: pip install tensorboard") from None
-    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+    return SummaryWriter(str(Path(config.out, "tensorboard")), purge_step=step + 1)
 
 
 def append_log(path: Path, trainer: Trainer, names):
     """Adds the lines not written yet; cuts off what a run wrote that was killed later on."""
-    with reading(path, "cannot be written, kept for the next line"), open(path, "ab") as file:
+    with blaming(path, "cannot be written, kept for the next line"), open(path, "ab") as file:
         end = min(trainer.logged, file.tell())
         file.truncate(end)
         header = [] if end else [",".join(names)]
@@ -1419,8 +1437,8 @@ def write_progress(trainer: Trainer, out: Path, per_epoch: int, seconds: float) 
     left = f"{row['pairs_per_second']:.1f} pairs/s  {(total - step) * seconds / 60:.1f} min left"
     figures = "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
     say(f"epoch {row['epoch']}  step {step}/{total}  {left}  {figures}")
-    for name in () if trainer.config.model in UNFUSED else ("attention_ab", "attention_ba"):
-        if not 0.03 <= means[name] <= 0.97:
+    for name in ("attention_ab", "attention_ba"):
+        if trainer.config.model not in UNFUSED and not 0.03 <= means[name] <= 0.97:
             found = "copies its input" if means[name] < 0.5 else "repaints everything"
             line = f"warning: {name} is {means[name]:.4f}: g_{name[-2:]} {found}, or nearly"
             say(f"{line}; see README.md, When it goes wrong", sys.stderr)
@@ -1487,22 +1505,46 @@ def start_worker(_number):
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(1, os._exit, [0]).start())
 
 
-def batches(loader, lost: list):
-    """The loader's; where loading fails or a process of it dies, they end, and `lost` gets why."""
+class LoadingFailed(BadInput):
+    """No more images: of a folder none is usable, or a loading process died."""
+
+
+def batches(loader):
+    """The loader's. LoadingFailed, of status 1 where a process of it died."""
+    for flags in loader.dataset.useless.values():
+        flags.share_memory_()
+    number = getattr(signal, "SIGCHLD", None)  # Windows has none
+    handler = number and signal.getsignal(number)
     try:
-        if loader.num_workers:
-            for flags in loader.dataset.useless.values():
-                flags.share_memory_()
-        handler = signal.getsignal(getattr(signal, "SIGCHLD", signal.SIGINT))
         loading = iter(loader)
-        with contextlib.suppress(AttributeError, ValueError):  # Windows has none; in a thread
-            signal.signal(signal.SIGCHLD, handler)  # PyTorch's would raise in the middle of a step
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(number, handler)  # PyTorch's would raise in the middle of a step
         yield from loading
+    except BadInput as error:  # a process's comes as the last line of its traceback
+        raise LoadingFailed(str(error).strip().rpartition("BadInput: ")[2]) from None
     except Exception as error:
-        line = str(error).strip().splitlines()[-1].rpartition("BadInput: ")[2]
-        if not isinstance(error, BadInput):
-            line = f"a loading process is lost, --resume goes on, with fewer --workers: {line}"
-        lost.append(BadInput(line, 2 if isinstance(error, BadInput) else 1))
+        line = f"a loading process is lost, --resume goes on, with fewer --workers: {brief(error)}"
+        raise LoadingFailed(line, 1) from None
+
+
+def open_run(config: Config, data: UnpairedImages, device, per_epoch: int, resume) -> Trainer:
+    """A new run, or one from another's networks (--init), or, where it is there, the saved one."""
+    file, folders = Path(config.out, "checkpoint.pt"), domain_folders(config)
+    state = load_checkpoint(file) if resume and file.exists() else None
+    total = config.steps or config.epochs * per_epoch
+    if state:
+        saved = state["config"]
+        if (saved.steps, saved.epochs) == (config.steps, config.epochs):
+            total = state["total"]  # though the folders may have changed
+    trainer = Trainer(config, total, device)
+    trainer.images = data.names
+    if state:
+        restore(trainer, state, file, folders)
+    elif config.init:
+        nets = load_checkpoint(config.init)["parts"]["nets"]
+        with blaming(f"--init {config.init}", "not networks like this run's"):
+            trainer.nets.load_state_dict(nets)
+    return trainer
 
 
 def restore(trainer: Trainer, state: dict, file: Path, folders):
@@ -1510,7 +1552,7 @@ def restore(trainer: Trainer, state: dict, file: Path, folders):
     if state["step"] > trainer.total:
         line = f"{trainer.total} steps, of which {state['step']} are done; name more"
         raise BadInput(f"--epochs, --steps: {line}")
-    with reading(file):
+    with blaming(file):
         trainer.load_state_dict(state)
         changed = [set(map(str, state["images"][k])) ^ set(trainer.images[k]) for k in "ab"]
     there, here = ((config.a, config.b) for config in (state["config"], trainer.config))
@@ -1557,72 +1599,64 @@ def train(config: Config, resume: bool = False) -> Path:
         say(f"{a} images of A, {b} of B; in an epoch {often}")
     shown = [x.to(device) for x in sample_images(config)]
 
-    # the run: new, from another's networks, or as it was saved
+    # the run
     if WORLD > 1:
         nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     size = config.batch_size
     per_epoch = max(1, len(data) // (size * WORLD))
-    total = config.steps or config.epochs * per_epoch
-    file = out / "checkpoint.pt"
-    state = load_checkpoint(file) if resume and file.exists() else None
-    if state and all(
-        getattr(state["config"], k) == getattr(config, k) for k in ("steps", "epochs")
-    ):
-        total = state["total"]  # though the folders may have changed
-    trainer = Trainer(config, total, device)
-    trainer.images = data.names
-    if state:
-        restore(trainer, state, file, folders)
-    elif config.init:
-        nets = load_checkpoint(config.init)["parts"]["nets"]
-        with reading(f"--init {config.init}", "not networks like this run's"):
-            trainer.nets.load_state_dict(nets)
-    board = tensorboard(out, trainer.done) if config.tensorboard and RANK == 0 else None
+    trainer = open_run(config, data, device, per_epoch, resume)
 
     # batches, from where the run is; every process takes its turn
     turns = range(trainer.done * WORLD + RANK, trainer.total * WORLD, WORLD)
     loader = DataLoader(
         data,
         batch_sampler=(range(i * size, (i + 1) * size) for i in turns),
-        num_workers=min(config.workers, os.cpu_count()),
+        num_workers=min(config.workers, os.cpu_count() or 1),
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own: the pools' random numbers stay the same
         worker_init_fn=start_worker,
     )
-    start, first, stop, lost = time.monotonic(), trainer.done, torch.tensor(0), []
-    with held(out) if RANK == 0 else contextlib.nullcontext(), stop_signals() as signals:
+
+    start, first, stop = time.monotonic(), trainer.done, torch.tensor(0)
+    with (
+        held(out) if RANK == 0 else contextlib.nullcontext(),
+        stop_signals() as signals,
+        tensorboard(config, trainer.done) as board,
+    ):
         (out / "samples").mkdir(parents=True, exist_ok=True)
-        for real_a, real_b in batches(loader, lost):
-            trainer.step(real_a, real_b)
-            stop = torch.tensor(max(signals, default=0))
-            if WORLD > 1:
-                dist.all_reduce(stop, dist.ReduceOp.MAX)  # all stop after the same step
-            last = trainer.done == trainer.total
+        try:
+            for real_a, real_b in batches(loader):
+                trainer.step(real_a, real_b)
+                stop = torch.tensor(max(signals, default=0))
+                if WORLD > 1:
+                    dist.all_reduce(stop, dist.ReduceOp.MAX)  # all stop after the same step
+                last = trainer.done == trainer.total
 
-            if trainer.done % config.log_every == 0 or last:
-                trainer.check_finite()
-                seconds = (time.monotonic() - start) / (trainer.done - first)
-                if RANK == 0:  # of several processes one speaks and writes
-                    row = write_progress(trainer, out, per_epoch, seconds)
-                    for name in row if board else ():
-                        board.add_scalar(name, row[name], trainer.done)
-                trainer.rows, start, first = [], time.monotonic(), trainer.done
+                if trainer.done % config.log_every == 0 or last:
+                    trainer.check_finite()
+                    seconds = (time.monotonic() - start) / (trainer.done - first)
+                    if RANK == 0:  # of several processes one speaks and writes
+                        row = write_progress(trainer, out, per_epoch, seconds)
+                    if board:
+                        for name, value in row.items():
+                            board.add_scalar(name, value, trainer.done)
+                    trainer.rows, start, first = [], time.monotonic(), trainer.done
 
-            if trainer.done % config.save_every == 0 or last or stop:
+                if trainer.done % config.save_every == 0 or last or stop:
+                    save(trainer, out, shown)
+                if stop:
+                    break
+        except LoadingFailed:
+            if trainer.done:
                 save(trainer, out, shown)
-            if stop:
-                break
-        if lost and trainer.done:
-            save(trainer, out, shown)
+            raise
 
-    if WORLD > 1 and not lost:
+    if WORLD > 1:
         dist.destroy_process_group()
     useless = sum(int(flags.sum()) for flags in data.useless.values())
     if useless:
         say(f"{useless} training images were no use, see above")
-    if lost:
-        raise lost[0]
     if stop and trainer.done < trainer.total:
         line = f"stopped after step {trainer.done}, saved; goes on with --resume"
         raise BadInput(line, 128 + int(stop))
@@ -1637,7 +1671,7 @@ WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # others
 def load_generators(run, device: torch.device) -> tuple[nn.ModuleDict, Config]:
     """The trained networks in evaluation mode, and their configuration."""
     state = load_checkpoint(run)
-    with reading(run), torch.device("meta"):  # what does not match the file takes no memory
+    with blaming(run), torch.device("meta"):  # what does not match the file takes no memory
         nets = build(state["config"])
         nets.load_state_dict(state["parts"]["nets"], assign=True)
     return nets.float().to(device).eval(), state["config"]
@@ -1686,7 +1720,7 @@ def translate(run, inputs, to, out, attention=False, device="auto") -> list[Path
 
     def render(path, target, *masks):
         image = load_image(path, mode=None)
-        with reading(path, f"{image.width} x {image.height} pixels, not translated"):  # too large?
+        with blaming(path, f"{image.width} x {image.height} pixels, not translated"):  # too large?
             t = apply_any_size(generator, to_tensor(image.convert("RGB")).to(device))
         new = to_image(t.image[0] / 2 + 0.5)
         if image.mode == "RGBA" and target.suffix.lower() not in (".jpg", ".jpeg"):
@@ -1726,10 +1760,11 @@ def load_mask(masks: Path, name: Path, size, device) -> Tensor:
 
     Labels, of a palette or of two values: all but 0; of more grey values: the lighter half.
     """
-    found = [path for path in masks.glob(f"{name.with_suffix('')}.*") if path.stem == name.stem]
+    stem = glob.escape(str(name.with_suffix("")))
+    found = sorted(path for path in masks.glob(f"{stem}.*") if path.stem == name.stem)
     if not found:
         raise BadInput(f"{masks}: no mask for {name}")
-    with reading(found[0], "not a usable mask"), Image.open(found[0]) as image:
+    with blaming(found[0], "not a usable mask"), Image.open(found[0]) as image:
         image = ImageOps.exif_transpose(image)
         labels = image.mode == "P"
         values = TF.pil_to_tensor(image if labels else image.convert("L"))  # (1, H, W)
@@ -1911,7 +1946,8 @@ def main(argv: list[str] | None = None):
     except (BadInput, OSError) as error:
         parser.exit(getattr(error, "status", 2), f"{parser.prog}: {error}\n")
     except (MemoryError, RuntimeError) as error:
-        if str(error) and not re.search("out of memory|t allocate memory", str(error)):
+        memory = isinstance(error, MemoryError) or re.search("out of|t allocate", str(error))
+        if not memory:
             raise
         cure = "train needs less with a smaller --batch-size, --size, --width, --masks"
         parser.error(f"out of memory: {cure}")
