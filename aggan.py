@@ -188,6 +188,15 @@ class Decoder(nn.Sequential):
         )
 
 
+def init_weights(net: nn.Module):
+    """Weights N(0, 0.02), a norm's N(1, 0.02), biases 0, as in DCGAN (Radford et al. 2016)."""
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
+            mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
+            nn.init.normal_(module.weight, mean, 0.02)
+            nn.init.zeros_(module.bias)
+
+
 # ---------- 3. Generators ----------
 
 # Each one's forward: (B, 3, H, W) in [-1, 1] -> `Translation`; H and W multiples of 4, at least 16.
@@ -306,7 +315,10 @@ HEADS = {"patch": PatchDiscriminator, "pooled": PooledDiscriminator}
 
 
 class AttentionGuidedDiscriminator(nn.Module):
-    """Eq. (5): judges an image and its foreground mask together; shapes as of its head."""
+    """Eq. (5): judges an image and a foreground mask together; shapes as of its head.
+
+    Beside a real image stands the mask of the fake that it is compared with.
+    """
 
     def __init__(self, width=64, norm="instance", head="patch"):
         super().__init__()
@@ -427,7 +439,8 @@ class AdaptiveCurriculum(nn.Module):
 
     Where G copies, e / c is 1; the better G(x) fools D, the smaller it is. Up to e / c = trust, r
     is the ramp's, and masks shrink to what has to change. Where they shrink too far, D sees
-    through G(x), and r falls. All of it stays on the device: no step waits for it.
+    through G(x), and r falls. All of it stays on the device: no step waits for it. A step calls it
+    for r, then `update` with what the target's D, of images alone, says of G(x) and of x itself.
     """
 
     def __init__(self, steps, highest=0.5, trust=0.35):
@@ -474,8 +487,8 @@ class ImagePool:
         Each pair itself, or, half of the time once the pool is full, an earlier one in its place.
         """
         chosen = []
-        for image, mask in zip(images.detach().clone(), masks.detach().clone()):
-            pair = image, mask
+        for image, mask in zip(images.detach(), masks.detach()):
+            pair = image.clone(), mask.clone()  # each its own memory: the batch's may be reused
             if len(self.items) < self.size:
                 self.items.append(pair)
             elif self.size and torch.rand(()) < 0.5:
@@ -571,7 +584,7 @@ class GuidedGenerator(nn.Module):
     def __init__(self, guide, width=64, blocks=9, norm="instance", upsample="nearest"):
         super().__init__()
         self.generator = CycleGANGenerator(width, blocks, norm, upsample)
-        self.guide = (guide,)  # in a tuple nn.Module does not take it for a part of this one
+        self.guide = (guide,)  # in a tuple: no part of this module, saved and trained elsewhere
 
     def forward(self, x: Tensor) -> Translation:
         mask = self.guide[0].attention(x).detach()      # (B, 1, H, W)
@@ -701,6 +714,8 @@ OBJECTIVES = {
     "final": {},
     "released": dict(l_gan=1.0, l_paired=0.0, l_identity=5.0, l_pixel=0.0, l_tv=0.0, lr=2e-4),
 }
+# A further method: a class in section 3 or 7, with all networks that its losses need; an entry
+# here, what it must have whatever the objective; a branch of build_generator.
 NO_CURRICULUM = dict(objective="released", curriculum="none", l_copy=0.0)
 PRESETS = {
     "scheme1": {},
@@ -786,7 +801,9 @@ def build_generator(config: Config, guide) -> nn.Module:
         return CycleGANGenerator(*size, **blocks)
     if config.model == "mejjati":
         return GatedGenerator(*size, **blocks, switch=config.switch if config.tau else 1.0)
-    return GuidedGenerator(guide, *size, **blocks)
+    if config.model == "guided":
+        return GuidedGenerator(guide, *size, **blocks)
+    raise ValueError(f"no generator of --model {config.model}")
 
 
 def build_discriminators(config: Config) -> nn.ModuleDict:
@@ -810,13 +827,7 @@ def build(config: Config) -> nn.ModuleDict:
     guide_a, guide_b = (d["gan"] if config.l_gan else None for d in (d_a, d_b))
     g_ab, g_ba = build_generator(config, guide_a), build_generator(config, guide_b)
     nets = nn.ModuleDict({"g_ab": g_ab, "g_ba": g_ba, "d_a": d_a, "d_b": d_b})
-
-    # weights N(0, 0.02), a norm's N(1, 0.02), as in DCGAN
-    for module in nets.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
-            mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
-            nn.init.normal_(module.weight, mean, 0.02)
-            nn.init.zeros_(module.bias)
+    init_weights(nets)
     return nets
 
 
@@ -1066,9 +1077,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.nets = build(config).to(device)
         torch.manual_seed(config.seed + RANK)
-        g_ab, g_ba, d_a, d_b = self.nets.values()
-        self.g_parameters = [*g_ab.parameters(), *g_ba.parameters()]
-        self.d_parameters = [*d_a.parameters(), *d_b.parameters()]
+        self.g_parameters = [p for k in ("g_ab", "g_ba") for p in self.nets[k].parameters()]
+        self.d_parameters = [p for k in ("d_a", "d_b") for p in self.nets[k].parameters()]
         adam = dict(betas=(0.5, 0.999), fused=True)
         self.opt_g = torch.optim.Adam(self.g_parameters, config.lr, **adam)
         self.opt_d = torch.optim.Adam(self.d_parameters, config.lr, **adam)
@@ -1374,7 +1384,8 @@ def load_checkpoint(run) -> dict:
             raise ValueError(f"of format {state['format']}, this program's is {FORMAT}")
         state["step"], state["total"] = int(state["step"]), int(state["total"])
         saved, fields = state["config"], dataclasses.fields(Config)
-        state["config"] = check(Config(*(field.type(saved[field.name]) for field in fields)))
+        values = (field.type(saved.get(field.name, field.default)) for field in fields)
+        state["config"] = check(Config(*values))
         return state
 
 

@@ -1,9 +1,10 @@
 """Draw the mini set: brown animals (A), striped ones (B), and the true masks of the test images.
 
-    python data/draw.py [FOLDER] [--train 300] [--test 60]
+    python data/draw.py [FOLDER] [--train 300] [--test 60] [--textured]
 
 Same bytes on every run: each scene has its own seed. A and B share one scene generator; only the
 coat differs. Nothing in a background is brown, white or black: only the animal tells A from B.
+--textured makes the same scenes look like photographs: grass, fur, uneven light, grain.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import math
 from pathlib import Path
 from random import Random
 
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter
 
 SIZE = 128  # side of the finished images
 SCALE = 4  # drawn this much larger, then reduced: smooth edges
@@ -253,7 +254,37 @@ def draw_animal(rng, image, mask, striped, place_x, ground_y, length):
     mask.paste(255, mask=place(silhouette))
 
 
-def draw_scene(seed, striped):
+def noise(rng, size, across, down, contrast, octaves=4):
+    """An RGB image of grey, 128 on average: blobs, `across` x `down` of them, and finer ones."""
+    total = Image.new("L", size, 128)
+    for octave in range(octaves):
+        cells = across << octave, down << octave
+        layer = Image.frombytes("L", cells, rng.randbytes(cells[0] * cells[1]))
+        total = Image.blend(total, layer.resize(size, Image.Resampling.BICUBIC), 0.5)
+    total = total.point(lambda v: round(128 + contrast * (v - 128)))
+    return Image.merge("RGB", [total] * 3)
+
+
+def add_textures(rng, image, mask, horizon=0.45):
+    """A drawn scene as if photographed; nothing moves, so that the mask stays true."""
+    size = image.size
+    sky = ImageChops.soft_light(image, noise(rng, size, 3, 6, 0.45))
+    grass = ImageChops.overlay(image, noise(rng, size, 48, 12, 0.9))
+    fur = ImageChops.overlay(image, noise(rng, size, 14, 40, 0.8))
+    edge = round(horizon * size[1])
+    ground = Image.new("L", size)
+    ground.paste(255, (0, edge, *size))
+    ground = ground.filter(ImageFilter.GaussianBlur(0.02 * size[1]))
+    image = Image.composite(fur, Image.composite(grass, sky, ground), mask)
+
+    # duller colours, light and shade over all of it, darker corners
+    image = ImageEnhance.Color(image).enhance(0.65)
+    image = ImageChops.soft_light(image, noise(rng, size, 2, 2, 1.2, octaves=2))
+    corners = Image.radial_gradient("L").resize(size).point(lambda v: 255 - v * v // 900)
+    return ImageChops.multiply(image, Image.merge("RGB", [corners] * 3))
+
+
+def draw_scene(seed, striped, textured=False):
     """One scene -> (RGB image, black-and-white mask), both SIZE x SIZE."""
     rng = Random(seed)
     image = draw_background(rng)
@@ -268,11 +299,17 @@ def draw_scene(seed, striped):
         ground_y = rng.uniform(0.72, 0.95) * FULL
         draw_animal(rng, image, mask, striped, place * FULL, ground_y, length)
 
+    if textured:
+        rng = Random(f"{seed} textures")
+        image = add_textures(rng, image, mask.filter(ImageFilter.GaussianBlur(3)))
     small = [layer.resize((SIZE, SIZE), Image.Resampling.BOX) for layer in (image, mask)]
+    if textured:  # a camera's: not quite sharp, with grain
+        grain = noise(rng, small[0].size, SIZE, SIZE, 0.35, octaves=1)
+        small[0] = ImageChops.overlay(small[0].filter(ImageFilter.GaussianBlur(0.5)), grain)
     return small[0], small[1].point(lambda v: 255 * (v >= 128)).convert("1")
 
 
-def draw_set(folder, train=300, test=60):
+def draw_set(folder, train=300, test=60, textured=False):
     for domain, striped in (("A", False), ("B", True)):
         for split, count in (("train", train), ("test", test)):
             images, masks = Path(folder, split + domain), Path(folder, "masks" + domain)
@@ -281,7 +318,7 @@ def draw_set(folder, train=300, test=60):
                 masks.mkdir(exist_ok=True)
 
             for i in range(count):
-                image, mask = draw_scene(f"{split}{domain}{i}", striped)
+                image, mask = draw_scene(f"{split}{domain}{i}", striped, textured)
                 image.save(images / f"{i:03}.jpg", quality=88, subsampling=0)
                 if split == "test":
                     mask.save(masks / f"{i:03}.png", optimize=True)
@@ -293,5 +330,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", nargs="?", default=here, help="default: this script's")
     parser.add_argument("--train", type=int, default=300, help="training images a domain")
     parser.add_argument("--test", type=int, default=60, help="test images a domain")
+    parser.add_argument("--textured", action="store_true", help="as if photographed")
     options = parser.parse_args()
-    draw_set(options.folder, options.train, options.test)
+    draw_set(options.folder, options.train, options.test, options.textured)
