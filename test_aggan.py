@@ -1189,6 +1189,11 @@ def test_mini_set_is_what_its_script_draws(tmp_path):
         assert drawn.shape == (3, 128, 128)
         assert (drawn - committed).abs().mean() < 0.01  # another Pillow may round otherwise
 
+    scenes = [draw.draw_scene("testA0", False, textured=kind) for kind in (False, True, True)]
+    (plain, mask), (textured, same_mask), (again, _) = scenes
+    assert textured.tobytes() == again.tobytes() and mask.tobytes() == same_mask.tobytes()
+    assert (aggan.to_tensor(plain) - aggan.to_tensor(textured)).abs().mean() > 0.1
+
 
 def test_mini_set_masks_match_their_images():
     for domain in "AB":
@@ -2586,15 +2591,20 @@ def test_bench(tmp_path, capsys):
         assert row["pairs_a_second"] * row["ms_a_step"] == pytest.approx(1000)
 
 
-def test_measure(tmp_path, capsys, monkeypatch):
-    measure = script("measure")
-    monkeypatch.setattr(measure, "TABLES", {"short": {"tiny": "--width 4 --blocks 1 --steps 1"}})
+def test_measure(folders, tmp_path, capsys, monkeypatch):
+    measure, row = script("measure"), {"tiny": "--width 4 --blocks 1 --steps 1"}
+    monkeypatch.setattr(measure, "TABLES", {"short": row, "photographs": row})
     given = ["--runs", str(tmp_path), "--seeds", "1"]
     measure.main(given)
     trained = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(r"\| tiny \| `--width 4 .*` \| 0 \| 0\.\d{3} \| 0\.\d{3} \|.*", trained)
     measure.main([*given, "--print"])
     assert capsys.readouterr().out.splitlines()[-1] == trained  # it is there
+    own = ["--a", str(folders / "trainA"), "--b", str(folders / "trainB")]
+    measure.main(["photographs", *own, "--runs", str(tmp_path / "own"), "--seeds", "1"])
+    trained = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"\| tiny \| `--width 4 .*` \| 0 \| 0\.\d\d \| 0\.\d\d \|", trained)
+    assert len(list((tmp_path / "own").glob("*-scored/b2a/*.png"))) == 3  # for KID
     (tmp_path / "1x1-0").write_text("not a run folder")
     with pytest.raises(aggan.BadInput):
         measure.measure("1x1", 0, tmp_path)

@@ -4,6 +4,7 @@
     family.png     the same inputs through every model
     attention.png  where scheme II looks, from before its first step to after its last
     chart.png      its mean attention and its r over the steps, from log.csv
+    textured.png   as strip.png, of the scenes that draw.py --textured draws
 
 They show runs of the mini set in runs/pictures, one a model. What is missing there is trained
 first, which takes half an hour on two cores; remove that folder to have it trained anew.
@@ -16,8 +17,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 import aggan  # noqa: E402
+import draw as drawings  # noqa: E402
 
 MODELS = {
     "scheme2": {},
@@ -29,6 +32,7 @@ MODELS = {
 }
 STEPS = 0, 100, 200, 400, 600, 800, 1200, 1600, 2000
 EDGE = 14  # pixels of a line of text
+PANELS = "input", "attention", "content", "translation"
 CURVES = {"attention_ab": "#b03a2e", "attention_ba": "#e59866"}
 CURVES |= {"r_ab": "#1f618d", "r_ba": "#7fb3d5"}
 CHART = 40, 8, 560, 200  # left, top, right, bottom of the curves
@@ -118,19 +122,21 @@ def chart(run):
     return picture.quantize()
 
 
+def strip(picture):
+    """The first two rows of a sample grid."""
+    rows = [tiles(picture, row, range(8), scale=2) for row in (0, 1)]
+    return table(rows, above=PANELS * 2)
+
+
 def draw(runs, folder, steps=STEPS):
     """runs: name of a model -> its run folder, the default first. Writes the pictures."""
     last = {name: grid(run, steps[-1]) for name, run in runs.items()}
     default = next(iter(runs))
-    names = "input", "attention", "content", "translation"
-
     chart(runs[default]).save(Path(folder, "chart.png"))
-    rows = [tiles(last[default], row, range(8), scale=2) for row in (0, 1)]
-    table(rows, above=names * 2).save(Path(folder, "strip.png"))
-
+    strip(last[default]).save(Path(folder, "strip.png"))
     columns = 0, 1, 3, 4, 5, 7  # all but the contents
     rows = [tiles(picture, 2, columns, scale=2) for picture in last.values()]
-    above = [names[k % 4] for k in columns]
+    above = [PANELS[k % 4] for k in columns]
     table(rows, above, left=list(last)).save(Path(folder, "family.png"))
 
     # an input, then its attention over the steps
@@ -144,8 +150,7 @@ def draw(runs, folder, steps=STEPS):
 def main(argv=None):
     parser = aggan.Parser(description=__doc__.splitlines()[0])
     parser.epilog = "Runs that runs/pictures lacks are trained first: half an hour on two cores."
-    here = Path(__file__).parent
-    parser.add_argument("folder", nargs="?", default=here, help="default: this script's")
+    parser.add_argument("folder", nargs="?", default=HERE, help="default: this script's")
     folder, runs = Path(parser.parse_args(argv).folder), {}
 
     try:
@@ -155,6 +160,13 @@ def main(argv=None):
             given = {"model": name, **options, "out": runs[name], "save_every": 100}
             aggan.run_train(resume=True, **given)  # does nothing where it is done
         draw(runs, folder)
+
+        scenes, run = Path("runs/pictures/textured-images"), "runs/pictures/textured"
+        if not scenes.exists():
+            drawings.draw_set(scenes, textured=True)
+        a, b = scenes / "trainA", scenes / "trainB"
+        aggan.run_train(resume=True, small=True, a=str(a), b=str(b), out=run, save_every=100)
+        strip(grid(run, STEPS[-1])).save(Path(folder, "textured.png"))
     except (aggan.BadInput, OSError) as error:
         parser.exit(getattr(error, "status", 2), f"{parser.prog}: {error}\n")
 
