@@ -45,7 +45,6 @@ intersection over union of 0.88 (A -> B) and 0.87 (B -> A), means of seeds 0, 1,
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import functools
 import gc
@@ -1059,7 +1058,8 @@ def sample_images(config: Config) -> list[Tensor]:
 
 # ---------- 10. Training ----------
 
-FORMAT = 8                                                                      # of the checkpoints
+FORMAT = 8  # of the checkpoints
+
 RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)  # torchrun's
 
 
@@ -1296,7 +1296,10 @@ class Recorded:
         return self.outputs
 
     def record(self, inputs):
-        self.inputs = copy.deepcopy(inputs)
+        self.inputs = [
+            tuple(x.clone() for x in part) if isinstance(part, tuple) else part.clone()
+            for part in inputs
+        ]
         before = [x.clone() for x in self.state]
         gc.collect()  # memory that is freed in the middle would spoil it
         try:
