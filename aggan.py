@@ -673,7 +673,7 @@ class Config:
     norm: str = "instance"      # instance or batch
     head: str = "patch"         # of the discriminators: patch or pooled
     attention_map: str = "pha"  # of guided's discriminators: pha or tam
-    tau: float = 0.0            # from the switch on, L_GAN's D sees where mask >= tau; 0: never
+    tau: float = 0.0            # from --switch on, D sees only where the mask is >= tau; 0: never
     switch: float = 0.3         # fraction of the run before tau, if any, and mejjati's frozen masks
 
     # objective
@@ -726,7 +726,7 @@ PRESETS = {
 }
 SMALL = dict(size=64, resize=72, width=16, blocks=3, steps=2000, lr=4e-4)
 SMALL |= dict(workers=0, log_every=50, save_every=400)
-SMALL |= dict(l_tv=1e-4)          # over 64 pixels, not 256, the sum is small
+SMALL |= dict(l_tv=1e-4)          # found by trial
 UNFUSED = ("cyclegan", "guided")  # models without a mask of their own that could collapse
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHOICES = dict(model=PRESETS, objective=OBJECTIVES, norm=NORMS, head=HEADS, attention_map=GUIDES)
@@ -1455,7 +1455,7 @@ def write_progress(trainer: Trainer, out: Path, per_epoch: int, seconds: float) 
         if trainer.config.model not in UNFUSED and not 0.03 <= means[name] <= 0.97:
             found = "copies its input" if means[name] < 0.5 else "repaints everything"
             line = f"warning: {name} is {means[name]:.4f}: g_{name[-2:]} {found}, or nearly"
-            say(f"{line}; see README.md, When it goes wrong", sys.stderr)
+            say(f"{line}; see README.md, The log, and when it goes wrong", sys.stderr)
     return row | means
 
 
@@ -1868,7 +1868,9 @@ def make_parser() -> Parser:
 
     sub = commands.add_parser("train", help="train on two folders, or on the bundled drawings")
     small = " ".join(f"{flag(name)} {value}" for name, value in SMALL.items())
-    sub.epilog = f"[defaults]: scheme2's; on the drawings, and with --small: {small}"
+    released = " ".join(f"{flag(k)} {value}" for k, value in OBJECTIVES["released"].items())
+    sub.epilog = f"[defaults]: scheme2's; on the drawings, and with --small: {small}; "
+    sub.epilog += f"with --objective released: {released}"
     add_config_options(sub)
     sub.add_argument("--resume", action="store_true", help="go on from the checkpoint, if any")
     sub.add_argument("--small", action="store_true", default=None, help="the drawings' settings")

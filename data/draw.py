@@ -326,10 +326,11 @@ def draw_set(folder, train=300, test=60, textured=False):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    here = Path(__file__).parent
-    parser.add_argument("folder", nargs="?", default=here, help="default: this script's")
+    help = "default: this script's; textured: the folder textured in it"
+    parser.add_argument("folder", nargs="?", help=help)
     parser.add_argument("--train", type=int, default=300, help="training images a domain")
     parser.add_argument("--test", type=int, default=60, help="test images a domain")
     parser.add_argument("--textured", action="store_true", help="as if photographed")
     options = parser.parse_args()
-    draw_set(options.folder, options.train, options.test, options.textured)
+    default = Path(__file__).parent / ("textured" if options.textured else "")
+    draw_set(options.folder or default, options.train, options.test, options.textured)

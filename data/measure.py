@@ -35,6 +35,7 @@ TABLES = {
     "objectives": {
         "scheme2, final": "",
         "scheme2, released": "--objective released",
+        "scheme2, CycleGAN's": "--objective released --curriculum none --l-copy 0",
         "scheme1, final": "--model scheme1",
         "scheme1, released": "--model scheme1 --objective released",
     },

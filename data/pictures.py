@@ -110,6 +110,7 @@ def chart(run):
     for fifth in range(6):
         x, y = place(fifth / 5, 0)
         draw.text((x, y + 4), f"{total * fifth // 5}", "black", font, anchor="mt")
+    draw.text((CHART[2] + 24, CHART[3] + 4), "step", "black", font, anchor="lt")
 
     # curves, their names beside their ends, highest first, a line of text apart
     text_y = 0
