@@ -308,6 +308,21 @@ def test_generator_shapes_and_ranges(name, height, width):
         torch.testing.assert_close(t.image, aggan.fuse(x, t.attention, t.content))
 
 
+def test_masks_and_contents_of_equations_2_and_3():
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    one, two = SchemeOneGenerator(4, 1), SchemeTwoGenerator(4, 1, masks=3)
+    s = one.decoder(one.encoder(x))
+    sigmoid = 1 / (1 + (-s[:, :1]).exp())
+    torch.testing.assert_close(one(x).attention, torch.cat([sigmoid, 1 - sigmoid], dim=1))
+    torch.testing.assert_close(one(x).content[:, 0], s[:, 1:].tanh())
+
+    features = two.encoder(x)
+    powers = two.attention_decoder(features).exp()
+    torch.testing.assert_close(two(x).attention, powers / powers.sum(1, keepdim=True))
+    contents = two.content_decoder(features).tanh()  # of the first mask, of the second
+    torch.testing.assert_close(two(x).content, torch.stack([contents[:, :3], contents[:, 3:]], 1))
+
+
 def test_full_size_networks():
     with torch.device("meta"):  # full width, without the arithmetic
         cyclegan = parameters(CycleGANGenerator())
