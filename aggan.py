@@ -720,7 +720,7 @@ PRESETS = {
     "scheme1": {},
     "scheme2": {},
     "cyclegan": NO_CURRICULUM,
-    # not the paper's, but without a curriculum its masks fall to 0 here: r, l_copy
+    # r and l_copy are not of its paper: without them its masks fall to 0 here
     "mejjati": dict(objective="released", l_identity=0.0, lr=1e-4, tau=0.1, r=0.8),
     "guided": dict(NO_CURRICULUM, l_identity=0.0),
 }
@@ -1525,11 +1525,12 @@ class LoadingFailed(BadInput):
 
 def batches(loader):
     """The loader's. LoadingFailed, of status 1 where a process of it died."""
-    for flags in loader.dataset.useless.values():
-        flags.share_memory_()
     number = getattr(signal, "SIGCHLD", None)  # Windows has none
     handler = number and signal.getsignal(number)
     try:
+        if loader.num_workers:
+            for flags in loader.dataset.useless.values():
+                flags.share_memory_()
         loading = iter(loader)
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(number, handler)  # PyTorch's would raise in the middle of a step
@@ -1537,7 +1538,8 @@ def batches(loader):
     except BadInput as error:  # a process's comes as the last line of its traceback
         raise LoadingFailed(str(error).strip().rpartition("BadInput: ")[2]) from None
     except Exception as error:
-        line = f"a loading process is lost, --resume goes on, with fewer --workers: {brief(error)}"
+        reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
+        line = f"a loading process is lost, --resume goes on, with fewer --workers: {reason}"
         raise LoadingFailed(line, 1) from None
 
 

