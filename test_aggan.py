@@ -1512,7 +1512,8 @@ def test_a_lost_loading_process_is_reported_and_the_run_saved(folders, started, 
     error = capfd.readouterr().err
     assert aggan.load_checkpoint(folders / "run")["step"] > 1
     assert process.exitcode == 1 and error.count("\n") == 1, error
-    assert "a loading process is lost, --resume goes on, with fewer --workers: DataLoader" in error
+    # what the queue says depends on the moment: of the DataLoader's, or the system's
+    assert re.search(r"a loading process is lost, --resume .*, with fewer --workers: \S", error)
 
 
 def test_home_and_an_empty_test_folder(folders, monkeypatch):
