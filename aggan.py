@@ -1964,8 +1964,8 @@ def main(argv: list[str] | None = None):
     except (BadInput, OSError) as error:
         parser.exit(getattr(error, "status", 2), f"{parser.prog}: {error}\n")
     except (MemoryError, RuntimeError) as error:
-        memory = isinstance(error, MemoryError) or re.search("out of|t allocate", str(error))
-        if not memory:
+        known = re.search("out of memory|t allocate memory", str(error))
+        if not known and not isinstance(error, MemoryError):
             raise
         cure = "train needs less with a smaller --batch-size, --size, --width, --masks"
         parser.error(f"out of memory: {cure}")

@@ -192,7 +192,7 @@ def test_style():
         assert max(map(len, lines)) <= 100, file
         air = sum(not line.strip() or line.lstrip().startswith("#") for line in lines)
         if file == "aggan.py":
-            assert air >= 0.2 * len(lines) and len(lines) <= 1975
+            assert air >= 0.2 * len(lines) and len(lines) <= 1973
 
 
 # ---------- 1. The fusion formula ----------
@@ -660,6 +660,7 @@ def test_pool_keeps_image_and_mask_together():
         returned += images[:, 0, 0, 0].tolist()
     assert len(pool.items) == 5 and len(set(returned[5:])) == 95  # each leaves it once
     assert 25 < sum(x < i for i, x in enumerate(returned)) < 75  # about half are earlier ones
+    assert pool.items[0][0].untyped_storage().nbytes() == 3 * 4 * 4 * 4  # not the batch's memory
 
 
 def test_pool_of_size_zero_returns_what_came_in():
@@ -1512,8 +1513,9 @@ def test_a_lost_loading_process_is_reported_and_the_run_saved(folders, started, 
     error = capfd.readouterr().err
     assert aggan.load_checkpoint(folders / "run")["step"] > 1
     assert process.exitcode == 1 and error.count("\n") == 1, error
-    # what the queue says depends on the moment: of the DataLoader's, or the system's
-    assert re.search(r"a loading process is lost, --resume .*, with fewer --workers: \S", error)
+    line, reason = error.strip().split(" --workers: ")
+    assert "a loading process is lost, --resume goes on, with fewer" in line
+    assert re.match(r"DataLoader|\[Errno \d", reason)  # which depends on the moment of the kill
 
 
 def test_home_and_an_empty_test_folder(folders, monkeypatch):
@@ -1670,6 +1672,7 @@ def test_numbers_that_are_not_finite_stop_the_run(folders, capsys, monkeypatch, 
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), True),
         (MemoryError(), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("index 5 is out of bounds for dimension 0 with size 3"), False),
         (RuntimeError("CUDA error: an illegal memory access"), False),
     ],
 )
@@ -1681,8 +1684,16 @@ def test_out_of_memory_gets_one_line(monkeypatch, capsys, error, known):
     if known:
         assert "out of memory: train needs less with" in refusal(["train"], capsys)
     else:
-        with pytest.raises(RuntimeError, match="illegal"):
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
             aggan.main(["train"])
+
+
+def test_a_run_from_before_an_option_was_there(trained):
+    file = trained / "checkpoint.pt"
+    state = torch.load(file, weights_only=True)
+    assert state["config"].pop("l_copy") == 1.0
+    torch.save(state, file)
+    assert aggan.load_checkpoint(trained)["config"].l_copy == 1.0
 
 
 @pytest.fixture
