@@ -1182,20 +1182,18 @@ class Trainer:
 
     def make_fast(self):
         """On CUDA: compiles the networks and records the two methods above, as the options ask."""
+        gradients = [self.generator_gradients, self.discriminator_gradients]
         if self.config.compile:
             say("--compile: the first steps take minutes")
             torch.compiler.set_stance("default")
             g_ab, g_ba, d_a, d_b = self.nets.values()
             for net in (g_ab, g_ba, *d_a.values(), *d_b.values()):
                 net.compile(dynamic=False)
-            self.generator_gradients = functools.partial(or_eager, self.generator_gradients)
-            self.discriminator_gradients = functools.partial(or_eager, self.discriminator_gradients)
+            gradients = [functools.partial(or_eager, function) for function in gradients]
         if self.config.graph:
-            self.generator_gradients = Recorded(self.generator_gradients, self.nets.buffers())
-            self.discriminator_gradients = Recorded(
-                self.discriminator_gradients, self.nets.buffers()
-            )
-            self.graphs = [self.generator_gradients, self.discriminator_gradients]
+            gradients = [Recorded(function, self.nets.buffers()) for function in gradients]
+            self.graphs = gradients
+        self.generator_gradients, self.discriminator_gradients = gradients
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
