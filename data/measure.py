@@ -14,6 +14,7 @@ the mean attention is measured, and the translations are kept beside each run fo
 """
 
 import json
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -92,6 +93,7 @@ def measure(options, seed, runs, train=True, folders=()):
             aggan.SchemeTwoGenerator = OneByOne
         aggan.run_train(**given)
         scored = str(out) + "-scored" if folders else ""
+        shutil.rmtree(scored, ignore_errors=True)  # of an evaluation that was stopped
         results = aggan.evaluate(out, save=scored, device="cpu")
     finally:  # the next row has the usual one, though another process may hold this run
         aggan.SchemeTwoGenerator = scheme2
@@ -124,11 +126,11 @@ def main(argv=None):
             parser.error(f"{name}: a table of {', '.join(TABLES)}; photographs needs --a and --b")
     folders = ["--a", given.a, "--b", given.b or "", "--small"] if given.a else []
 
+    train, runs = not given.print, Path(given.runs)
     rows = {options: None for name in given.tables for options in TABLES[name].values()}
     for seed in range(given.seeds):
         for options in rows:
             try:
-                train, runs = not given.print, Path(given.runs)
                 found[options, seed] = measure(options, seed, runs, train, folders)
             except aggan.BadInput as error:
                 if error.status >= 128:  # stopped by a signal
