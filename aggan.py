@@ -23,6 +23,7 @@ is `g_ba`; D judges images of B; the numbers are this file's own):
  (11) r           0.5 t min(1, (1 - e / c) / 0.65), at least 0.01; t in [0, 1]: the run's progress;
                   e and c are running means of (D(G(x)) - 1)^2 and (D(x) - 1)^2, so that e / c = 1
                   where G copies its input; not in the papers, whose r is a step, 0.01 to 0.5
+ (12) any size    y = x + up(G(s) - s), s: x at the scale of the training; not in the papers
 
   --model   paper                                             generator           attention
   scheme1   AGGAN, Tang et al. 2019, arXiv 1903.12296         SchemeOneGenerator  one sigmoid mask
@@ -105,6 +106,16 @@ def fuse(x: Tensor, attention: Tensor, content: Tensor) -> Tensor:
     foreground = attention[:, :-1, None]                   # (B, n-1, 1, H, W)
     background = attention[:, -1:]                         # (B, 1, H, W)
     return (foreground * content).sum(1) + background * x  # (B, 3, H, W)
+
+
+def carry(x: Tensor, small: Tensor, changed: Tensor) -> Tensor:
+    """Eq. (12): the change of a resized x, from `small` to `changed`, made to x itself.
+
+    x (B, C, H, W), small, changed (B, C, h, w) -> (B, C, H, W) in [-1, 1]. Networks know things at
+    one scale only; what a mask leaves alone there keeps every pixel of x.
+    """
+    change = F.interpolate(changed - small, size=x.shape[-2:], mode="bicubic", antialias=True)
+    return (x + change).clamp(-1, 1)
 
 
 # ---------- 2. Building blocks ----------
@@ -947,7 +958,12 @@ def load_image(path, mode="RGB", size=0) -> Image.Image:
         image.info.pop("icc_profile", None)  # save() would write it
         if alpha:
             image.putalpha(alpha)
-        return TF.resize(image, size, TF.InterpolationMode.BICUBIC) if size else image
+        return resized(image, size) if size else image
+
+
+def resized(image: Image.Image, side: int, longest: int | None = None) -> Image.Image:
+    """The image with a shorter side of `side` pixels, less where the other would be > longest."""
+    return TF.resize(image, side, TF.InterpolationMode.BICUBIC, max_size=longest)
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
@@ -1720,26 +1736,40 @@ def plan_outputs(inputs, out: Path, attention: bool) -> dict[Path, list[Path]]:
     return plan
 
 
-def translate(run, inputs, to, out, attention=False, device="auto") -> list[Path]:
+def translate(
+    run, inputs, to, out, attention=False, resize: int | None = None, device="auto"
+) -> list[Path]:
     """Each input image (files, or folders of them) -> `out`/its name, at its size, with its alpha.
 
     to: "a" or "b". attention: the mask too, as NAME_attention.png. Returns the translations' paths.
+    resize: shorter side of what the networks see, whose change is carried to the image, Eq. (12);
+    by default the run's, of its training; 0: the image as it is.
     BadInput where one would overwrite an input or another; at the end, where an input was no use.
     """
     device, out = pick_device(device), Path(out)
     if out.is_file():
         raise BadInput(f"--out {out}: is a file; name a folder")
     plan = plan_outputs(inputs, out, attention)
-    generator = load_generators(run, device)[0]["g_ab" if to == "b" else "g_ba"]
+    nets, config = load_generators(run, device)
+    generator = nets["g_ab" if to == "b" else "g_ba"]
+    side = config.resize if resize is None else resize
 
     def render(path, target, *masks):
         image = load_image(path, mode=None)
+        colours = image.convert("RGB")
         with blaming(path, f"{image.width} x {image.height} pixels, not translated"):  # too large?
-            t = apply_any_size(generator, to_tensor(image.convert("RGB")).to(device))
-        new = to_image(t.image[0] / 2 + 0.5)
+            small = to_tensor(resized(colours, side, 16 * side) if side else colours).to(device)
+            t = apply_any_size(generator, small)
+            new = to_image(t.image[0] / 2 + 0.5)
+            if new.size != image.size:  # one colour at a time: a third of the memory
+                small, changed = small[None].split(1, 1), t.image.split(1, 1)
+                colours = (to_tensor(colour)[None].to(device) for colour in colours.split())
+                bands = [carry(*band)[0] / 2 + 0.5 for band in zip(colours, small, changed)]
+                new = Image.merge("RGB", [to_image(band) for band in bands])
+        mask = to_image(t.foreground[0]).resize(image.size, Image.Resampling.BICUBIC)
         if image.mode == "RGBA" and target.suffix.lower() not in (".jpg", ".jpeg"):
             new.putalpha(image.getchannel("A"))
-        for output, picture in zip((target, *masks), (new, to_image(t.foreground[0]))):
+        for output, picture in zip((target, *masks), (new, mask)):
             kind = Image.registered_extensions()[output.suffix.lower()]
             write_whole(output, functools.partial(picture.save, format=kind, quality=95))
         say(target)
@@ -1881,6 +1911,8 @@ def make_parser() -> Parser:
     sub.add_argument("--to", choices=("a", "b"), required=True, help="the domain to translate to")
     sub.add_argument("--out", required=True, help="folder for the results")
     sub.add_argument("--attention", action="store_true", help="save the foreground attention too")
+    side = "shorter side of what the networks see [the run's --resize]; 0: the image as it is"
+    sub.add_argument("--resize", type=int, help=side)
     sub.add_argument("--device", default="auto", help="auto or a PyTorch device")
 
     sub = commands.add_parser("evaluate", help="measure a run, against true masks if any")
