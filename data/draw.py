@@ -1,10 +1,11 @@
 """Draw the mini set: brown animals (A), striped ones (B), and the true masks of the test images.
 
-    python data/draw.py [FOLDER] [--train 300] [--test 60] [--textured]
+    python data/draw.py [FOLDER] [--train 300] [--test 60] [--textured] [--size 128]
 
 Same bytes on every run: each scene has its own seed. A and B share one scene generator; only the
 coat differs. Nothing in a background is brown, white or black: only the animal tells A from B.
---textured makes the same scenes look like photographs: grass, fur, uneven light, grain.
+--textured makes the same scenes look like photographs: grass, fur, uneven light, grain. --size
+draws the same scenes larger, with a finer outline.
 """
 
 import argparse
@@ -284,8 +285,10 @@ def add_textures(rng, image, mask, horizon=0.45):
     return ImageChops.multiply(image, Image.merge("RGB", [corners] * 3))
 
 
-def draw_scene(seed, striped, textured=False):
-    """One scene -> (RGB image, black-and-white mask), both SIZE x SIZE."""
+def draw_scene(seed, striped, textured=False, size=SIZE):
+    """One scene -> (RGB image, black-and-white mask), both size x size."""
+    global FULL
+    FULL = size * SCALE
     rng = Random(seed)
     image = draw_background(rng)
     mask = Image.new("L", image.size)
@@ -302,14 +305,14 @@ def draw_scene(seed, striped, textured=False):
     if textured:
         rng = Random(f"{seed} textures")
         image = add_textures(rng, image, mask.filter(ImageFilter.GaussianBlur(3)))
-    small = [layer.resize((SIZE, SIZE), Image.Resampling.BOX) for layer in (image, mask)]
+    small = [layer.resize((size, size), Image.Resampling.BOX) for layer in (image, mask)]
     if textured:  # a camera's: not quite sharp, with grain
-        grain = noise(rng, small[0].size, SIZE, SIZE, 0.35, octaves=1)
+        grain = noise(rng, small[0].size, size, size, 0.35, octaves=1)
         small[0] = ImageChops.overlay(small[0].filter(ImageFilter.GaussianBlur(0.5)), grain)
     return small[0], small[1].point(lambda v: 255 * (v >= 128)).convert("1")
 
 
-def draw_set(folder, train=300, test=60, textured=False):
+def draw_set(folder, train=300, test=60, textured=False, size=SIZE):
     for domain, striped in (("A", False), ("B", True)):
         for split, count in (("train", train), ("test", test)):
             images, masks = Path(folder, split + domain), Path(folder, "masks" + domain)
@@ -318,7 +321,7 @@ def draw_set(folder, train=300, test=60, textured=False):
                 masks.mkdir(exist_ok=True)
 
             for i in range(count):
-                image, mask = draw_scene(f"{split}{domain}{i}", striped, textured)
+                image, mask = draw_scene(f"{split}{domain}{i}", striped, textured, size)
                 image.save(images / f"{i:03}.jpg", quality=88, subsampling=0)
                 if split == "test":
                     mask.save(masks / f"{i:03}.png", optimize=True)
@@ -331,6 +334,9 @@ if __name__ == "__main__":
     parser.add_argument("--train", type=int, default=300, help="training images a domain")
     parser.add_argument("--test", type=int, default=60, help="test images a domain")
     parser.add_argument("--textured", action="store_true", help="as if photographed")
+    parser.add_argument("--size", type=int, default=SIZE, help="side of the images, pixels")
     options = parser.parse_args()
+    if options.size != SIZE and not options.folder:
+        parser.error("--size: name a folder too; the bundled drawings have 128 pixels")
     default = Path(__file__).parent / ("textured" if options.textured else "")
-    draw_set(options.folder or default, options.train, options.test, options.textured)
+    draw_set(options.folder or default, options.train, options.test, options.textured, options.size)
