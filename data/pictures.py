@@ -7,10 +7,10 @@
     textured.png   as strip.png, of the scenes that draw.py --textured draws
 
 They show runs of the mini set in runs/pictures, one a model. What is missing there is trained
-first, which takes half an hour on two cores; remove that folder to have it trained anew.
+first, which takes half an hour on two cores; remove that folder to have it trained anew. Needs
+matplotlib.
 """
 
-import csv
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import aggan  # noqa: E402
 import draw as drawings  # noqa: E402
+import page  # noqa: E402
 
 MODELS = {
     "scheme2": {},
@@ -32,11 +33,7 @@ MODELS = {
 }
 STEPS = 0, 100, 200, 400, 600, 800, 1200, 1600, 2000
 EDGE = 14  # pixels of a line of text
-PANELS = "input", "attention", "content", "translation"
-CURVES = {"attention_ab": "#b03a2e", "attention_ba": "#e59866"}
-CURVES |= {"r_ab": "#1f618d", "r_ba": "#7fb3d5"}
-CHART = 40, 8, 560, 200  # left, top, right, bottom of the curves
-HIGHEST = 0.8            # their upper end
+CURVES = "attention_ab", "attention_ba", "r_ab", "r_ba"
 
 
 def grid(run, step):
@@ -88,56 +85,22 @@ def tiles(picture, row, columns, scale=1):
     return found
 
 
-def place(progress, value):
-    """Of a value, at a fraction of the run, in the chart: (x, y), pixels."""
-    left, top, right, bottom = CHART
-    return left + progress * (right - left), bottom - value / HIGHEST * (bottom - top)
-
-
-def chart(run):
-    """Mean attention and r of both directions over the run, from its log.csv."""
-    with open(Path(run, "log.csv"), newline="") as file:
-        rows = list(csv.DictReader(file))
-    total, font = int(rows[-1]["step"]), ImageFont.load_default(EDGE - 2)
-    picture = Image.new("RGB", (CHART[2] + 90, CHART[3] + EDGE + 6), "white")
-    draw = ImageDraw.Draw(picture)
-
-    # axes
-    for tenths in range(0, round(10 * HIGHEST) + 1, 2):
-        start, end = place(0, tenths / 10), place(1, tenths / 10)
-        draw.line([start, end], "#dddddd")
-        draw.text((start[0] - 6, start[1]), f"{tenths / 10}", "black", font, anchor="rm")
-    for fifth in range(6):
-        x, y = place(fifth / 5, 0)
-        draw.text((x, y + 4), f"{total * fifth // 5}", "black", font, anchor="mt")
-    draw.text((CHART[2] + 24, CHART[3] + 4), "step", "black", font, anchor="lt")
-
-    # curves, their names beside their ends, highest first, a line of text apart
-    text_y = 0
-    ends = sorted(CURVES, key=lambda name: -float(rows[-1][name]))
-    for name in ends:
-        points = [place(int(row["step"]) / total, float(row[name])) for row in rows]
-        draw.line(points, CURVES[name], width=2)
-        text_y = max(text_y + EDGE, points[-1][1])
-        draw.text((points[-1][0] + 6, text_y), name, CURVES[name], font, anchor="lm")
-    return picture.quantize()
-
-
 def strip(picture):
     """The first two rows of a sample grid."""
     rows = [tiles(picture, row, range(8), scale=2) for row in (0, 1)]
-    return table(rows, above=PANELS * 2)
+    return table(rows, above=page.PANELS * 2)
 
 
 def draw(runs, folder, steps=STEPS):
     """runs: name of a model -> its run folder, the default first. Writes the pictures."""
     last = {name: grid(run, steps[-1]) for name, run in runs.items()}
     default = next(iter(runs))
-    chart(runs[default]).save(Path(folder, "chart.png"))
+    log = page.read_log(Path(runs[default], "log.csv"))
+    page.chart({default: log}, CURVES, size=(6.5, 2.3)).savefig(Path(folder, "chart.png"))
     strip(last[default]).save(Path(folder, "strip.png"))
     columns = 0, 1, 3, 4, 5, 7  # all but the contents
     rows = [tiles(picture, 2, columns, scale=2) for picture in last.values()]
-    above = [PANELS[k % 4] for k in columns]
+    above = [page.PANELS[k % 4] for k in columns]
     table(rows, above, left=list(last)).save(Path(folder, "family.png"))
 
     # an input, then its attention over the steps
