@@ -12,6 +12,7 @@ import base64
 import functools
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -23,8 +24,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import aggan  # noqa: E402
 
-CHARTS = {  # of columns that are read together; attention is attention_ab and attention_ba
-    "Masks and r": ("attention", "r"),
+CHARTS = {  # a chart for columns that are read together
+    "Masks and r": ("attention_ab attention_ba", "r_ab r_ba"),
     "Adversarial": ("gan copy", "d_gan d_copy", "paired d_paired"),
     "Keeping": ("cycle", "pixel", "identity", "idle", "tv"),
 }
@@ -53,11 +54,12 @@ const slider = document.querySelector("input"), steps = JSON.parse(slider.datase
 const place = steps.indexOf(Number(location.hash.slice(1)))
 slider.value = place < 0 ? slider.max : place
 slider.oninput = () => {  // of each run its last grid up to this step
-  for (const run of document.querySelectorAll(".grids")) {
+  for (const run of document.querySelectorAll("figure")) {
     const grids = [...run.querySelectorAll("img")]
+    if (!grids.length) continue
     const shown = grids.filter(grid => grid.dataset.step <= steps[slider.value]).pop() ?? grids[0]
     for (const grid of grids) grid.hidden = grid != shown
-    run.querySelector("output").value = "; shown: step " + shown.dataset.step
+    run.querySelector("output").value = "(shown: step " + shown.dataset.step + ")"
   }
 }
 slider.onchange = () => {  // the address keeps the step; at the end, new grids are to follow
@@ -113,8 +115,8 @@ class Run:
 
         # sample grids by step; of many every second, third, ... to the last
         paths = sorted(path for path in folder.glob("samples/*.png") if path.stem.isdecimal())
-        every = -(-len(paths) // MOST) or 1
-        self.grids = {int(path.stem): path for path in reversed(paths[::-every])}
+        every = math.ceil(len(paths) / MOST) or 1
+        self.grids = {int(path.stem): path for path in sorted(paths[::-every])}
 
 
 @functools.lru_cache(maxsize=None)
@@ -146,9 +148,9 @@ def chart(logs, columns, size=(4.2, 2.5)):
         axes.plot([], [], style, color=colour, label=name)
         for n, log in enumerate(logs.values()):
             if name in log:
-                colour = COLOURS[n % 6] if several else colour
+                own = COLOURS[n % 6] if several else colour
                 marker = "." if len(log[name]) == 1 else ""  # no line to see yet
-                axes.plot(log["step"], log[name], style, color=colour, marker=marker)
+                axes.plot(log["step"], log[name], style, color=own, marker=marker)
     axes.set(xlim=(0, None), ylim=(0, None), xlabel="step")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -159,19 +161,18 @@ def chart(logs, columns, size=(4.2, 2.5)):
 def draw_charts(logs) -> str:
     """Every column but step and epoch; what CHARTS does not name comes last."""
     columns = dict.fromkeys(name for log in logs.values() for name in log)
-    stems = {name: name.removesuffix("_ab").removesuffix("_ba") for name in columns}
     named = " ".join(["step epoch", *sum(CHARTS.values(), ())]).split()
-    others = dict.fromkeys(stem for stem in stems.values() if stem not in named)
+    groups = {**CHARTS, "Others": [name for name in columns if name not in named]}
     lines = []
-    for title, group in {**CHARTS, "Others": others}.items():
-        shown = [[name for name in columns if stems[name] in stem.split()] for stem in group]
+    for title, group in groups.items():
+        shown = [[name for name in names.split() if name in columns] for names in group]
         if any(shown):
             lines += [f"<h2>{title}</h2>", '<div class="charts">']
             for names in filter(None, shown):
                 file = io.BytesIO()
                 chart(logs, names).savefig(file, format="svg")
-                names = escape(", ".join(names))
-                lines.append(embed("svg+xml", file.getvalue(), f'alt="{names}"'))
+                attributes = f'alt="{escape(", ".join(names))}"'
+                lines.append(embed("svg+xml", file.getvalue(), attributes))
             lines.append("</div>")
     return "\n".join(lines)
 
@@ -182,11 +183,10 @@ def draw_grids(runs) -> str:
     titles = "<b>A → B</b><b>B → A</b>" + "".join(f"<span>{name}</span>" for name in PANELS * 2)
     for n, (name, run) in enumerate(runs.items()):
         colour = COLOURS[n % 6] if len(runs) > 1 else "inherit"
-        lines.append(f'<figure class="{"grids" if run.grids else "none"}">')
-        shown = f'<output></output><div class="panels">{titles}</div>'
-        shown = shown if run.grids else "; no sample grid yet"
         done = f"{(run.log.get('step') or [0])[-1]:.0f}" + (f" of {run.total}" if run.total else "")
-        lines.append(f'<b style="color: {colour}">{escape(name)}</b>, step {done}{shown}')
+        lines.append(f'<figure><b style="color: {colour}">{escape(name)}</b>, step {done}')
+        shown = f'<output></output><div class="panels">{titles}</div>'
+        lines.append(shown if run.grids else "(no sample grid yet)")
         for step, path in run.grids.items():
             lines.append(embed_grid(path, step, path.stat().st_mtime_ns))
         lines.append("</figure>")
@@ -244,12 +244,15 @@ def write(folders, out: Path, follow=False):
 def watch(folders, out: Path):
     """Writes the page whenever a file that it shows has changed, until Ctrl-C."""
     seen = None
-    while True:
-        found = [files(folder) for folder in folders.values()]
-        if found != seen:
-            write(folders, out, follow=True)
-        seen = found
-        time.sleep(SECONDS)
+    try:
+        while True:
+            found = [files(folder) for folder in folders.values()]
+            if found != seen:
+                write(folders, out, follow=True)
+            seen = found
+            time.sleep(SECONDS)
+    except KeyboardInterrupt:
+        write(folders, out)
 
 
 def main(argv=None):
@@ -267,8 +270,6 @@ def main(argv=None):
     try:
         aggan.say(out)
         watch(folders, out) if given.watch else write(folders, out)
-    except KeyboardInterrupt:
-        write(folders, out)  # follows no more
     except (aggan.BadInput, OSError) as error:
         parser.exit(getattr(error, "status", 2), f"{parser.prog}: {error}\n")
 
