@@ -49,9 +49,9 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import glob
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -61,7 +61,12 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
+import warnings
 import zipfile
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +75,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
 from torchvision.utils import make_grid
 
@@ -391,26 +395,29 @@ def generator_objective(g, g_back, discriminators, x: Tensor, y: Tensor, r, conf
     not there. Other terms of weight 0 are not computed.
     """
     fake = g(x)
-    keep = {}    # terms that ask for x to stay
-    change = {}  # terms that ask for x to become a y, and, as in the papers, L_tv
+    mask = fake.foreground  # (B, 1, H, W), not detached: it learns from every term
+    terms = {}
 
-    # masks are not detached: they learn from every term
+    # change: what asks for x to become a y, and, as in the papers, L_tv
+    change = {"gan": config.l_gan, "paired": config.l_paired, "tv": config.l_tv}
     for name, discriminator in discriminators.items():
-        logits = discriminator(fake.image, fake.foreground)
-        change[name] = adversarial_loss(logits, True, config.gan)
-    if config.l_cycle:
-        keep["cycle"] = cycle_loss(g_back(fake.image).image, x)
-    if config.l_pixel:
-        keep["pixel"] = pixel_loss(fake.image, x)
-    if config.l_identity:
-        keep["identity"] = identity_loss(g(y).image, y)
+        terms[name] = adversarial_loss(discriminator(fake.image, mask), True, config.gan)
     if config.l_tv:
-        change["tv"] = total_variation_loss(fake.foreground)
+        terms["tv"] = total_variation_loss(mask)
 
-    kept = sum(getattr(config, "l_" + name) * term for name, term in keep.items())
-    changed = sum(getattr(config, "l_" + name) * term for name, term in change.items())
+    # keep: what asks for x to stay
+    keep = {"cycle": config.l_cycle, "pixel": config.l_pixel, "identity": config.l_identity}
+    if config.l_cycle:
+        terms["cycle"] = cycle_loss(g_back(fake.image).image, x)
+    if config.l_pixel:
+        terms["pixel"] = pixel_loss(fake.image, x)
+    if config.l_identity:
+        terms["identity"] = identity_loss(g(y).image, y)
+
+    changed = sum(weight * terms[name] for name, weight in change.items() if weight)
+    kept = sum(weight * terms[name] for name, weight in keep.items() if weight)
     total = kept + changed if config.curriculum == "none" else r * kept + (1 - r) * changed
-    return total, {name: term.detach() for name, term in (change | keep).items()}, fake
+    return total, {name: term.detach() for name, term in terms.items()}, fake
 
 
 def discriminator_objective(discriminators, real, fake, untouched, config: "Config"):
@@ -434,7 +441,7 @@ def discriminator_objective(discriminators, real, fake, untouched, config: "Conf
 
     # not in the papers: an untouched input is a fake as well, so that a copy is no way out
     if config.l_copy or config.curriculum == "adaptive":
-        logits = next(iter(discriminators.values()))(*untouched)  # "gan", or "paired" without it
+        logits = discriminators["gan" if config.l_gan else "paired"](*untouched)
         terms["d_copy"] = adversarial_loss(logits, False, config.gan) / 2
         terms["copy"] = adversarial_loss(logits, True, config.gan)
         total = total + config.l_copy * terms["d_copy"]
@@ -569,9 +576,6 @@ class MaskedDiscriminator(nn.Module):
     def __init__(self, width=64, norm="instance", head="patch", tau=0.1, switch=0.3):
         super().__init__()
         self.judge = HEADS[head](3, width, norm)
-        left_out = nn.Sequential, type(self.judge), *NORMS.values()
-        layers = (layer for layer in self.judge.modules() if not isinstance(layer, left_out))
-        self.without_norms = (nn.Sequential(*layers),)  # a tuple: they are saved once, as judge's
         self.tau, self.switch = tau, switch
         self.masked = False
 
@@ -582,7 +586,11 @@ class MaskedDiscriminator(nn.Module):
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
         if not self.masked:
             return self.judge(image)
-        return self.without_norms[0](image * (mask >= self.tau)).float()
+        x = image * (mask >= self.tau)
+        for layer in self.judge.modules():  # in their order; only the innermost compute
+            if not isinstance(layer, tuple(NORMS.values())) and not list(layer.children()):
+                x = layer(x)
+        return x.float()
 
 
 class GuidedGenerator(nn.Module):
@@ -655,7 +663,7 @@ class ResidualAttentionDiscriminator(PatchDiscriminator):
 
 GUIDES = {"pha": ActivationDiscriminator, "tam": ResidualAttentionDiscriminator}
 
-# ==================== Part II: the machinery ====================
+# ==================== Part II: training ====================
 
 # ---------- 8. Configuration ----------
 
@@ -664,8 +672,7 @@ GUIDES = {"pha": ActivationDiscriminator, "tam": ResidualAttentionDiscriminator}
 class Config:
     """One run; each field is an option of `train`, its comment the help text.
 
-    The last one wins: these defaults, OBJECTIVES, PRESETS (by model), SMALL (but for an l_tv of
-    theirs), the command line.
+    The last one wins: these defaults, OBJECTIVES, PRESETS (by model), SMALL, the command line.
     """
 
     # data
@@ -673,7 +680,7 @@ class Config:
     b: str = ""        # folder of domain B
     size: int = 256    # side of the training crops, a multiple of 4
     resize: int = 286  # shorter side of the images before cropping
-    workers: int = 4   # processes that load images, one a core at most; 0: none
+    workers: int = 4   # threads that load images
 
     # model
     model: str = "scheme2"      # scheme1, scheme2, cyclegan, mejjati or guided
@@ -714,10 +721,9 @@ class Config:
     device: str = "auto"       # auto (cuda, else mps, else cpu) or a PyTorch device
     precision: str = "auto"    # fp32, bf16, fp16, or auto: fp32, on CUDA what its age allows
     graph: bool = True         # on CUDA: record the step as a CUDA graph
-    compile: bool = False      # on CUDA: torch.compile the networks, which takes minutes
     log_every: int = 100       # steps between progress lines, each a row of log.csv
     save_every: int = 1000     # steps between checkpoints, each with a sample grid
-    tensorboard: bool = False  # curves for TensorBoard too, in the run folder
+    tensorboard: bool = False  # curves and grids for TensorBoard too, in the run folder
 
 
 OBJECTIVES = {
@@ -736,15 +742,17 @@ PRESETS = {
     "guided": dict(NO_CURRICULUM, l_identity=0.0),
 }
 SMALL = dict(size=64, resize=72, width=16, blocks=3, steps=2000, lr=4e-4)
-SMALL |= dict(workers=0, log_every=50, save_every=400)
-SMALL |= dict(l_tv=1e-4)          # found by trial
+SMALL |= dict(log_every=50, save_every=400)
+SMALL_TV = 1e-4                   # for masks this small, unless the objective says 0; by trial
 UNFUSED = ("cyclegan", "guided")  # models without a mask of their own that could collapse
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHOICES = dict(model=PRESETS, objective=OBJECTIVES, norm=NORMS, head=HEADS, attention_map=GUIDES)
 CHOICES |= dict(upsample=("nearest", "transposed"), gan=("lsgan", "vanilla"))
 CHOICES |= dict(curriculum=("adaptive", "papers", "ramp", "none"), precision=("auto", *PRECISIONS))
+# what --resume may change: folders, length, rate, machine
+FREE = {"a", "b", "epochs", "steps", "lr", "init", "out", "device", "precision", "workers", "graph"}
+FREE |= {"log_every", "save_every", "tensorboard"}
 LEAST = dict(width=1, masks=2, size=32, r=0.01, batch_size=1, epochs=1, log_every=1, save_every=1)
-MOST = dict(width=2048, blocks=1000, masks=1000, size=2**15, resize=2**15, r=0.99, tau=1, switch=1)
 
 
 class BadInput(Exception):
@@ -761,33 +769,33 @@ def flag(name):
 
 def configure(given: dict, small=None) -> Config:
     """Options given -> the configuration. small: with SMALL; None: where no folders are given."""
-    bundled = not given.get("a")
-    small = bundled if small is None else small
-    model = given.get("model", "scheme2")
-    objective = (PRESETS[model] | given).get("objective", "final")
-    settings = OBJECTIVES[objective] | PRESETS[model]
-    if small:
-        settings |= SMALL | {"l_tv": settings.get("l_tv", SMALL["l_tv"])}
+    model, bundled = given.get("model", "scheme2"), not given.get("a")
+    settings = OBJECTIVES[(PRESETS[model] | given).get("objective", "final")] | PRESETS[model]
+    settings["out"] = f"runs/{model}"
+    if small or small is None and bundled:
+        settings = dict(l_tv=SMALL_TV) | settings | SMALL
+        settings["out"] = f"runs/mini-{model}" if bundled else f"runs/{model}"
     if "epochs" in given:
         settings["steps"] = 0
-    settings["out"] = f"runs/mini-{model}" if small and bundled else f"runs/{model}"
     folders = {name: str(Path(given[name]).resolve()) for name in "ab" if given.get(name)}
     return Config(**(settings | given | folders))
 
 
 def check(config: Config) -> Config:
-    """The same configuration; BadInput names the first field whose value is no use."""
+    """The same configuration; BadInput for the first option whose value cannot be used."""
     c = config
     for name, value in vars(c).items():
-        low, high = LEAST.get(name, 0), MOST.get(name, 2**32)
-        if not isinstance(value, str) and not low <= value <= high:
-            raise BadInput(f"{flag(name)} {value}: must be between {low} and {high}")
+        if not isinstance(value, str) and not LEAST.get(name, 0) <= value < math.inf:
+            raise BadInput(f"{flag(name)} {value}: must be at least {LEAST.get(name, 0)}")
         if value not in CHOICES.get(name, (value,)):
             raise BadInput(f"{flag(name)} {value}: must be one of {', '.join(CHOICES[name])}")
-    if bool(c.a) != bool(c.b) or c.a and c.a == c.b:
-        raise BadInput("--a and --b go together: one folder for each domain, not the same")
-    if c.size % 4 or c.resize < c.size:
-        raise BadInput(f"--size {c.size}: must be a multiple of 4, and at most --resize {c.resize}")
+    if bool(c.a) != bool(c.b):
+        raise BadInput("--a and --b go together: one folder for each domain")
+    if c.a:
+        apart(c.a, c.b)
+    if c.size % 4 or not c.size <= c.resize <= 2**15:
+        where = f"a multiple of 4, and at most --resize {c.resize}, which is at most {2**15}"
+        raise BadInput(f"--size {c.size}: must be {where}")
     if not c.l_gan and not c.l_paired:
         raise BadInput("--l-gan 0 --l-paired 0: leaves no discriminator")
     if c.model == "cyclegan" and (c.l_paired or c.l_tv or c.tau):
@@ -797,6 +805,13 @@ def check(config: Config) -> Config:
     if c.model == "guided" and (c.tau or not c.l_gan or c.head != "patch"):
         raise BadInput("--model guided: needs --l-gan, --tau 0 and --head patch")
     return config
+
+
+def apart(a, b):
+    """BadInput where images of one folder are the other's too."""
+    a, b = Path(a).resolve(), Path(b).resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise BadInput(f"--a {a} --b {b}: one folder for each domain, neither in the other")
 
 
 def build_generator(config: Config, guide) -> nn.Module:
@@ -841,36 +856,652 @@ def build(config: Config) -> nn.ModuleDict:
     return nets
 
 
-# ---------- 9. Data ----------
+# ---------- 9. The training step ----------
 
-DATA = Path(__file__).resolve().parent / "data"  # the bundled drawings
+# torchrun's: how many processes train this run, and which of them this is
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0
 
 
-def say(line, file=None):
+class Trainer:
+    """Networks, optimisers, pools, curriculum and position of a run; `step` trains.
+
+    Under torchrun one of several processes, each with images of its own; gradients are averaged.
+    """
+
+    def __init__(self, config: Config, total: int, device: torch.device):
+        self.config, self.total, self.device = config, total, device
+        self.done = 0  # steps
+
+        # networks and what trains them
+        torch.manual_seed(config.seed)
+        self.nets = build(config).to(device)
+        torch.manual_seed(config.seed + RANK)
+        self.g_parameters = [p for k in ("g_ab", "g_ba") for p in self.nets[k].parameters()]
+        self.d_parameters = [p for k in ("d_a", "d_b") for p in self.nets[k].parameters()]
+        adam = dict(betas=(0.5, 0.999), fused=True)
+        self.opt_g = torch.optim.Adam(self.g_parameters, config.lr, **adam)
+        self.opt_d = torch.optim.Adam(self.d_parameters, config.lr, **adam)
+        self.curriculum = AdaptiveCurriculum(total, config.r).to(device)
+        self.pool_a, self.pool_b = ImagePool(config.pool), ImagePool(config.pool)
+        self.changing = [net for net in self.nets.modules() if hasattr(net, "set_progress")]
+        self.phase = None
+
+        # precision and speed
+        self.dtype = pick_precision(config, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        torch.backends.cudnn.benchmark = True  # all batches have one shape
+        self.recorded = []
+        if device.type == "cuda" and config.graph:
+            buffers = list(self.nets.buffers())
+            g = Recorded(self.generator_gradients, self.g_parameters, buffers)
+            d = Recorded(self.discriminator_gradients, self.d_parameters, buffers)
+            self.generator_gradients, self.discriminator_gradients = self.recorded = [g, d]
+
+        # for the log: figures of the steps since its last row, rows not written yet, bytes written
+        self.rows, self.names, self.log, self.logged = [], [], [], 0
+        self.counts, self.per_epoch = {}, 1  # images of each domain; steps
+        self.parts = {"nets": self.nets, "opt_g": self.opt_g, "opt_d": self.opt_d}
+        self.parts |= {"curriculum": self.curriculum, "scaler": self.scaler}
+
+    def step(self, real_a: Tensor, real_b: Tensor) -> dict[str, Tensor]:
+        """One update of the generators, then one of the discriminators, on images (B, 3, H, W).
+
+        -> scalars: the losses, the mean attention, r; they stay on the device.
+        """
+        pinned = self.device.type == "cuda"  # elsewhere it would not be safe
+        real_a = real_a.to(self.device, non_blocking=pinned)
+        real_b = real_b.to(self.device, non_blocking=pinned)
+        r = self.begin()  # (2,): of A -> B, of B -> A
+
+        # generators: gradients of both directions, one update
+        fake_a, fake_b, mask_a, mask_b, ab, ba = self.generator_gradients(real_a, real_b, r)
+        self.update(self.opt_g, self.g_parameters)
+
+        # discriminators: fakes of this step and of earlier ones, each with the mask that made it
+        old_a = self.pool_a.query(fake_a, mask_b)  # a fake of A was made of a B
+        old_b = self.pool_b.query(fake_b, mask_a)
+        a, b = self.discriminator_gradients(real_a, mask_a, real_b, mask_b, *old_a, *old_b)
+        self.update(self.opt_d, self.d_parameters)
+        self.scaler.update()
+
+        # how far each direction copies decides its next r, Eq. (11)
+        if self.config.curriculum == "adaptive":
+            judge = "gan" if self.config.l_gan else "paired"
+            e, c = torch.stack([ab[judge], ba[judge]]), torch.stack([b["copy"], a["copy"]])
+            self.curriculum.update(self.done, *average(torch.stack([e, c])))
+        self.done += 1
+
+        figures = {name: ab[name] + ba[name] for name in ab}
+        figures |= {name: a[name] + b[name] for name in a}
+        figures |= {"attention_ab": mask_a.mean(), "attention_ba": mask_b.mean()}
+        if self.config.curriculum != "none":
+            figures |= {"r_ab": r[0], "r_ba": r[1]}
+        copies = torch.stack(list(figures.values()))  # replays overwrite the figures
+        return dict(zip(figures, copies))
+
+    def generator_gradients(self, real_a: Tensor, real_b: Tensor, r: Tensor):
+        """Eq. (10), backwards -> fakes of A and B, masks of real_a and real_b, terms of both ways.
+
+        One direction at a time, to hold one graph. inputs: discriminators get no gradients here.
+        """
+        g_ab, g_ba, d_a, d_b = self.nets.values()
+        self.opt_g.zero_grad()
+        with self.autocast():
+            loss, ab, to_b = generator_objective(g_ab, g_ba, d_b, real_a, real_b, r[0], self.config)
+        self.scaler.scale(loss).backward(inputs=self.g_parameters)
+        fake_b, mask_a = to_b.image.detach(), to_b.foreground.detach()
+        del loss, to_b  # their memory, before the other direction needs as much
+
+        with self.autocast():
+            loss, ba, to_a = generator_objective(g_ba, g_ab, d_a, real_b, real_a, r[1], self.config)
+        self.scaler.scale(loss).backward(inputs=self.g_parameters)
+        fake_a, mask_b = to_a.image.detach(), to_a.foreground.detach()
+        return fake_a, fake_b, mask_a, mask_b, ab, ba
+
+    def discriminator_gradients(
+        self, real_a, mask_a, real_b, mask_b, fake_a, mask_of_fake_a, fake_b, mask_of_fake_b
+    ):
+        """Eqs. (4), (5), backwards, of images and their masks -> terms of A's, of B's."""
+        _, _, d_a, d_b = self.nets.values()
+        a, b = (real_a, mask_a), (real_b, mask_b)
+        self.opt_d.zero_grad()
+        with self.autocast():
+            fake = fake_b, mask_of_fake_b
+            loss, terms_b = discriminator_objective(d_b, b, fake, a, self.config)
+        self.scaler.scale(loss).backward(inputs=self.d_parameters)
+        with self.autocast():
+            fake = fake_a, mask_of_fake_a
+            loss, terms_a = discriminator_objective(d_a, a, fake, b, self.config)
+        self.scaler.scale(loss).backward(inputs=self.d_parameters)
+        return terms_a, terms_b
+
+    def update(self, optimizer, parameters):
+        """One Adam step, on the mean gradient of all processes."""
+        if WORLD > 1:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            mean = average(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, new in zip(gradients, mean.split([g.numel() for g in gradients])):
+                gradient.copy_(new.view_as(gradient))
+        optimizer.param_groups[0]["lr"] = learning_rate(self.config, self.done / self.total)
+        self.scaler.step(optimizer)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def begin(self) -> Tensor:
+        """Tells the networks how far the run is -> r of this step, Eq. (10): (2,)."""
+        progress = self.done / self.total
+        phase = [net.set_progress(progress) for net in self.changing]
+        if phase != self.phase:  # what was recorded is void
+            for function in self.recorded:
+                function.forget()
+        self.phase = phase
+        if self.config.curriculum == "adaptive":
+            return self.curriculum(self.done)
+        return torch.full((2,), scheduled_r(self.config, progress), device=self.device)
+
+    def state_dict(self) -> dict:
+        """All that the run needs to go on; of several processes, the first one's pools."""
+        plain = "total", "rows", "names", "log", "logged", "counts"
+        return {name: getattr(self, name) for name in plain} | {
+            "format": FORMAT,
+            "config": dataclasses.asdict(self.config),
+            "world": WORLD,
+            "step": self.done,
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "pools": [self.pool_a.items, self.pool_b.items],
+            "random": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict):
+        """ValueError for another number of processes, or whatever a damaged state raises."""
+        if state["world"] != WORLD:
+            raise ValueError(f"a run of {state['world']} processes, here are {WORLD}")
+        self.done = state["step"]
+        self.rows = [row.to(self.device) for row in state["rows"]]
+        self.names, self.log, self.logged = state["names"], state["log"], int(state["logged"])
+        for name, part in self.parts.items():
+            if name != "scaler" or state["parts"][name]:  # one that was not needed is empty
+                part.load_state_dict(state["parts"][name])
+        for p, moments in [*self.opt_g.state.items(), *self.opt_d.state.items()]:
+            if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
+                raise ValueError("Adam's means of another shape")  # Adam does not look
+
+        size = self.config.size
+        for pool, items in zip((self.pool_a, self.pool_b), state["pools"], strict=True):
+            pool.items = [(image.to(self.device), mask.to(self.device)) for image, mask in items]
+            for image, mask in pool.items:
+                if image.shape != (3, size, size) or mask.shape != (1, size, size):
+                    raise ValueError("a pool of images of another size")
+        if RANK == 0:
+            torch.set_rng_state(state["random"])
+
+
+class Recorded:
+    """A function of CUDA tensors: the fourth call records it as a CUDA graph.
+
+    From then on it is replayed, one launch in place of thousands; what a replay returns, the next
+    overwrites. Where recording fails, or the first replay has other results or gradients than an
+    eager call, one line says so, and the function is called as it is.
+    parameters: what it makes gradients of. buffers: tensors that it changes in place.
+    """
+
+    def __init__(self, function, parameters, buffers):
+        self.function, self.parameters, self.buffers = function, parameters, buffers
+        self.forget()
+
+    def forget(self):
+        """The fourth call from now on is recorded."""
+        self.calls, self.graph, self.inputs, self.outputs = 0, None, None, None
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls == 4:  # by now libraries have settled
+            self.record(inputs)
+        if self.graph is None:
+            return self.function(*inputs)
+        for static, new in zip(self.inputs, inputs):
+            static.copy_(new)
+        self.graph.replay()
+        return self.outputs
+
+    def gradient(self) -> Tensor:
+        return torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
+
+    def record(self, inputs):
+        self.inputs = [x.clone() for x in inputs]
+        before = [x.clone() for x in self.buffers]
+        gc.collect()  # memory that is freed in the middle would spoil it
+        try:
+            expected, gradient = self.function(*inputs), self.gradient()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            # thread_local: loaders pin memory meanwhile
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self.outputs = self.function(*self.inputs)
+            graph.replay()
+            close = dict(rtol=0.05, atol=0.05, equal_nan=True)  # far above what rounding does
+            torch.testing.assert_close(self.outputs, expected, **close)
+            if (self.gradient() - gradient).norm() > 0.05 * gradient.norm():
+                raise RuntimeError("a replay's gradients differ")
+            self.graph = graph
+        except Exception as error:  # CUDA's, the allocator's, a library's
+            self.inputs, self.outputs = None, None
+            warn(f"no CUDA graph, going on without: {brief(error)}")
+        for x, old in zip(self.buffers, before):
+            x.copy_(old)
+
+
+def average(x: Tensor) -> Tensor:
+    """The mean over the processes, in place."""
+    if WORLD > 1:
+        dist.all_reduce(x)
+        x /= WORLD
+    return x
+
+
+def learning_rate(config: Config, progress: float) -> float:
+    """Constant for the first half of the run, then linearly to 0 at progress = 1."""
+    return config.lr * min(1.0, 2 - 2 * progress)
+
+
+def pick_precision(config: Config, device: torch.device) -> torch.dtype | None:
+    """Of convolutions; None: float32. auto: on CUDA bf16, or fp16 where the GPU has no bf16."""
+    if config.precision != "auto":
+        return PRECISIONS[config.precision]
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+# ---------- 10. The run ----------
+
+FORMAT = 8    # of the checkpoints
+FAILED = 128  # a process's word for it, beside the numbers of signals
+
+
+def from_first(function, *arguments):
+    """function(*arguments), in the first process alone -> its result, in all; or its exception."""
+    result = [None]
+    if RANK == 0:
+        try:
+            result = [function(*arguments)]
+        except Exception as error:
+            result = [error]
+    if WORLD > 1:
+        if not dist.is_initialized():
+            nccl = torch.cuda.is_available() and dist.is_nccl_available()  # Windows has none
+            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], Exception):
+        raise result[0] if RANK == 0 else SystemExit(2)  # one says why
+    return result[0]
+
+
+def load_checkpoint(run) -> dict:
+    """A run folder or its checkpoint.pt -> the state. Never runs code from the file. BadInput."""
+    path = Path(run, "checkpoint.pt") if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise BadInput(f"{run}: no checkpoint.pt here; name a run folder, such as runs/NAME")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load looks at no checksum
+                raise ValueError("damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != FORMAT:
+            raise ValueError(f"of format {state['format']}, this program's is {FORMAT}")
+        state["step"], state["total"] = int(state["step"]), int(state["total"])
+        if not 0 <= state["step"] <= state["total"]:
+            raise ValueError(f"step {state['step']} of {state['total']}")
+        saved, fields = state["config"], dataclasses.fields(Config)
+        values = (field.type(saved.get(field.name, field.default)) for field in fields)
+        state["config"] = check(Config(*values))
+    except Exception as error:
+        raise unusable(path, error) from None
+    return state
+
+
+def unusable(path, error) -> BadInput:
+    return BadInput(f"{path}: not a checkpoint that this can use ({brief(error)})")
+
+
+def saved_state(config: Config, resume: bool) -> dict | None:
+    """That of the run to go on with, if any. BadInput where --out is no place for a run."""
+    out, file = Path(config.out), Path(config.out, "checkpoint.pt")
+    if out.is_file():
+        raise BadInput(f"--out {out}: is a file; name a folder")
+    if not resume and out.exists() and any(out.iterdir()):
+        raise BadInput(f"--out {out}: not empty; name another folder, or --resume")
+    for folder in domain_folders(config):
+        if folder.resolve() in (out / "samples").resolve().parents:
+            raise BadInput(f"--out {out}: is in {folder}, whose images its samples would be")
+    if resume:
+        say(f"resuming {file}" if file.exists() else f"starting anew: not there yet is {file}")
+    return load_checkpoint(file) if resume and file.exists() else None
+
+
+def resumed(config: Config, saved: Config, typed: set) -> Config:
+    """The saved run's configuration, but for what was typed of FREE. BadInput for what else was."""
+    asked, there = vars(config), vars(saved)
+    for name in sorted(typed - FREE):
+        if asked[name] != there[name]:
+            what = f"{flag(name)} {asked[name]} (there {there[name]})"
+            raise BadInput(f"{what}: another run than the one in {config.out}")
+    length = {"steps"} if "epochs" in typed else set()  # 0, unless typed too
+    return Config(**(there | {name: asked[name] for name in typed & FREE | length | {"out"}}))
+
+
+def start(config: Config, state: dict | None, data: "UnpairedImages", device) -> Trainer:
+    """The run as saved, or a new one, from another's networks (--init) if asked for. BadInput."""
+    per_epoch = max(1, len(data) // (config.batch_size * WORLD))
+    total = config.steps or config.epochs * per_epoch
+    if state and (state["config"].steps, state["config"].epochs) == (config.steps, config.epochs):
+        total = state["total"]  # though the folders may have changed
+    if state and state["step"] > total:
+        line = f"{total} steps, of which {state['step']} are done; name more"
+        raise BadInput(f"--epochs, --steps: {line}")
+    counts = {domain: len(paths) for domain, paths in data.paths.items()}
+    if state and state.get("counts", counts) != counts:
+        warn(f"{config.out} was saved with {state['counts']} images, here are {counts}")
+
+    trainer, source = Trainer(config, total, device), config.out if state else config.init
+    trainer.counts, trainer.per_epoch = counts, per_epoch
+    try:
+        if state:
+            trainer.load_state_dict(state)
+        elif config.init:
+            state = from_first(load_checkpoint, config.init)
+            trainer.nets.load_state_dict(state["parts"]["nets"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise unusable(source, error) from None
+    return trainer
+
+
+def batches(data, turns, size: int, threads: int, pin: bool):
+    """Batches of the pairs of `data`, in order, loaded by threads some batches ahead.
+
+    turns: numbers of batches of `size` pairs -> real_a, real_b (size, 3, H, W). pin: into memory
+    that CUDA can copy from while it computes. What a thread raises is raised here.
+    """
+
+    def load(turn):
+        pairs = [data[i] for i in range(turn * size, (turn + 1) * size)]
+        batch = [torch.stack(images) for images in zip(*pairs)]
+        return [images.pin_memory() for images in batch] if pin else batch
+
+    pool, turns = ThreadPoolExecutor(max(1, threads)), iter(turns)
+    try:
+        ahead = deque(pool.submit(load, turn) for turn in itertools.islice(turns, 2 * threads + 1))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(pool.submit(load, turn) for turn in itertools.islice(turns, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Within, SIGINT, SIGTERM and SIGHUP are noted, in the list given; a second one kills.
+
+    Not under torchrun, which repeats them. One that was ignored, as under nohup, stays so.
+    """
+    seen, before = [], {}
+
+    def note(number, _frame):
+        if WORLD == 1:
+            signal.signal(number, signal.SIG_DFL)
+        if RANK == 0 and not seen:
+            again = "" if WORLD > 1 else "; once more to stop without saving"
+            with contextlib.suppress(OSError):  # print, at work perhaps, cannot be called here
+                os.write(2, f"\nstopping after this step{again}\n".encode())
+        seen.append(number)
+
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    for number in numbers if threading.current_thread() is threading.main_thread() else ():
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, note)
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def mean_figures(trainer: Trainer) -> dict[str, float]:
+    """Of the steps since the last row of the log, and of all processes.
+
+    BadInput, in all of them, where one of these means, or a weight, is not finite.
+    """
+    names, weights = zip(*trainer.nets.named_parameters())
+    finite = torch.stack([weight.isfinite().all() for weight in weights]).tolist()  # waits once
+    wrong, means = [name for name, fine in zip(names, finite) if not fine], {}
+    if trainer.rows:
+        means = dict(zip(trainer.names, average(torch.stack(trainer.rows).mean(0)).tolist()))
+        wrong = [name for name, mean in means.items() if not math.isfinite(mean)] + wrong
+    if wrong:
+        cure = "try a new run with a lower --lr, or --precision fp32"
+        raise BadInput(f"step {trainer.done}: {wrong[0]} is not finite; not saved; {cure}", 1)
+    return means
+
+
+class Report:
+    """What a run says of itself: on the screen, in log.csv and, if asked for, to TensorBoard."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.board = trainer, None
+        self.first = self.since = trainer.done
+        self.clock = self.shown = time.monotonic()
+        if trainer.config.tensorboard and RANK == 0:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                line = "--tensorboard needs one more package: pip install tensorboard"
+                raise BadInput(line) from None
+            folder = Path(trainer.config.out, "tensorboard")  # of a killed run later steps go
+            self.board = SummaryWriter(str(folder), purge_step=trainer.done + 1)
+
+    def opening(self):
+        """What is trained, on what."""
+        trainer, c = self.trainer, self.trainer.config
+        dtype, (a, b) = trainer.dtype or torch.float32, trainer.counts.values()
+        where = f"{WORLD} x {trainer.device.type}, {str(dtype).removeprefix('torch.')}"
+        say(f"{c.model}: {c.size} px, width {c.width}, {c.blocks} blocks; on {where}")
+        images = f"{a} images of A, {b} of B" + ("" if c.a else ", the bundled drawings")
+        say(f"{images}; {trainer.total} steps, {trainer.total / trainer.per_epoch:.3g} epochs")
+
+    def after_step(self, figures: dict[str, Tensor]):
+        """Takes in a step's figures. A row of the log has the means of those since the last."""
+        trainer, config, now = self.trainer, self.trainer.config, time.monotonic()
+        trainer.names = list(figures)
+        trainer.rows.append(torch.stack(list(figures.values())))
+        steps, seconds = trainer.done - self.first, (now - self.clock) / (trainer.done - self.since)
+        row = trainer.done % config.log_every == 0 or trainer.done == trainer.total
+        if row:
+            figures, trainer.rows = mean_figures(trainer), []
+            if RANK == 0:
+                self.log(figures, seconds)
+        if row or steps in (1, 10):
+            self.show(figures, seconds)
+            self.since, self.clock = trainer.done, now
+        elif sys.stdout.isatty() and now - self.shown >= 1:
+            self.show(figures, seconds, end="")
+        if steps == 1 and trainer.device.type == "cpu" and seconds * trainer.total > 6 * 3600:
+            say("that is long on a CPU: --small takes minutes, for a first look")
+
+    def show(self, figures, seconds, end="\n"):
+        """A line on the screen, what to watch first; without an `end` the next one replaces it."""
+        done, total = self.trainer.done, self.trainer.total
+        pace = f"{seconds:.2g} s a step" if seconds >= 1 else f"{1 / seconds:.3g} steps/s"
+        line = f"step {done}/{total}  {pace}  {duration((total - done) * seconds)} left"
+        line += f"  attention {figures['attention_ab']:.3f} {figures['attention_ba']:.3f}"
+        if "r_ab" in figures:
+            line += f"  r {figures['r_ab']:.3f} {figures['r_ba']:.3f}"
+        say(f"\r{line:<100}" if sys.stdout.isatty() else line, end)
+        self.shown = time.monotonic()
+
+    def log(self, means: dict[str, float], seconds: float):
+        """A row of log.csv, which waits for the next one where it cannot be written."""
+        trainer, path = self.trainer, Path(self.trainer.config.out, "log.csv")
+        row = {"step": trainer.done, "epoch": (trainer.done - 1) // trainer.per_epoch + 1}
+        row["pairs_per_second"] = trainer.config.batch_size * WORLD / seconds
+        row["rate"] = learning_rate(trainer.config, (trainer.done - 1) / trainer.total)
+        row |= means
+        trainer.log.append(",".join(f"{v:.6g}" if v % 1 else f"{v:.0f}" for v in row.values()))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "ab") as file:
+                end = min(trainer.logged, file.tell())
+                file.truncate(end)  # what a run wrote that was killed later on
+                lines = trainer.log if end else [",".join(row), *trainer.log]
+                file.write("".join(f"{line}\n" for line in lines).encode())
+                file.flush()
+                trainer.log, trainer.logged = [], file.tell()
+        except OSError as error:
+            warn(f"{path}: cannot be written, kept for the next row ({brief(error)})")
+
+        for name, value in means.items() if self.board else ():
+            groups = {"a": "masks", "r": "masks", "d": "discriminators"}
+            group = groups.get(name[0], "generators")
+            self.board.add_scalar(f"{group}/{name}", value, trainer.done)
+        for name in ("attention_ab", "attention_ba"):
+            if trainer.config.model not in UNFUSED and not 0.03 <= means[name] <= 0.97:
+                found = "copies its input" if means[name] < 0.5 else "repaints everything"
+                line = f"{name} is {means[name]:.4f}: g_{name[-2:]} {found}, or nearly"
+                warn(f"{line}; see README.md, The log, and when it goes wrong")
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 1 h 50 min, 2 d 3 h."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    if minutes < 2880:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+def panels(generator: nn.Module, x: Tensor) -> Tensor:
+    """(3, H, W) -> (4, 3, H, W): input, attention, content (weighted mean), translation."""
+    t = apply_any_size(generator, x)
+    weight = t.attention[0, :-1, None] + 1e-6                 # (n-1, 1, H, W)
+    content = (weight * t.content[0]).sum(0) / weight.sum(0)  # (3, H, W)
+    attention = (t.foreground[0] * 2 - 1).expand_as(x)        # (3, H, W)
+    return torch.stack([x.cpu(), attention, content, t.image[0]])
+
+
+def save_samples(path: Path, nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor) -> Tensor:
+    """A PNG, a row for each pair: four panels of A -> B, four of B -> A. -> the grid in [0, 1]."""
+    nets.eval()
+    rows = []
+    for a, b in zip(real_a, real_b):  # one image at a time: training needs the memory
+        rows += [panels(nets["g_ab"], a), panels(nets["g_ba"], b)]
+    nets.train()
+    grid = make_grid(torch.cat(rows) / 2 + 0.5, nrow=8, pad_value=1)
+    write_whole(path, lambda file: to_image(grid).save(file, "PNG"))
+    return grid
+
+
+def save(trainer: Trainer, shown, board=None, last=True):
+    """The checkpoint, then a sample grid of the images `shown`, by the first process.
+
+    BadInput where a figure is not finite or, the last time, where a file cannot be written.
+    """
+    mean_figures(trainer)
+    for buffer in trainer.nets.buffers():
+        if buffer.is_floating_point():  # running statistics of batch norms
+            average(buffer)
+    if RANK:
+        return
+    out, state = Path(trainer.config.out), trainer.state_dict()
+    try:
+        write_whole(out / "checkpoint.pt", functools.partial(torch.save, state))
+        grid = save_samples(out / "samples" / f"{trainer.done:07}.png", trainer.nets, *shown)
+        if board:
+            board.add_image("samples", grid, trainer.done)
+    except (BadInput, ArithmeticError) as error:
+        if last:
+            raise
+        warn(f"{error}; tried again in {trainer.config.save_every} steps")
+
+
+def train(config: Config, resume: bool = False, typed: set | None = None) -> Path:
+    """Trains; leaves checkpoint.pt, log.csv and samples/*.png in the run folder, and returns it.
+
+    resume: goes on from the checkpoint there, if any, and, where it is said which options were
+    typed, as the run that was saved but for these. SIGINT, SIGTERM and SIGHUP finish the step and
+    save, then BadInput of status 128 + their number. A failure to load images saves too, and is
+    raised then. BadInput where the folder is not empty.
+    """
+    state = from_first(saved_state, config, resume)
+    if state and typed is not None:
+        config = resumed(config, state["config"], typed)
+    device = pick_device(check(config).device)
+    data = UnpairedImages(*domain_folders(config), config.size, config.resize, config.seed)
+    trainer = start(config, state, data, device)
+    shown = [images.to(device) for images in sample_images(config)]
+
+    # batches, from where the run is; every process takes its turn
+    turns = range(trainer.done * WORLD + RANK, trainer.total * WORLD, WORLD)
+    loading = batches(data, turns, config.batch_size, config.workers, device.type == "cuda")
+    failure, report = None, Report(trainer)
+    report.opening()
+    with contextlib.closing(loading), stop_signals() as signals:
+        stop = torch.tensor(0)
+        while trainer.done < trainer.total:
+            try:
+                batch = next(loading)
+            except Exception as error:
+                failure = error
+            # whichever process was told to stop, or failed: all stop here
+            stop = torch.tensor(FAILED if failure else max(signals, default=0))
+            if WORLD > 1:
+                dist.all_reduce(stop, dist.ReduceOp.MAX)
+            if stop:
+                break
+            report.after_step(trainer.step(*batch))
+            last = trainer.done == trainer.total
+            if last or trainer.done % config.save_every == 0:
+                save(trainer, shown, report.board, last)
+        if stop and trainer.done:
+            save(trainer, shown, report.board)
+    if report.board:
+        report.board.close()
+
+    if failure:
+        raise failure
+    if stop:
+        line = "another process failed, see above; " if stop == FAILED else ""
+        line += f"stopped after step {trainer.done}, saved; goes on with --resume"
+        raise BadInput(line, 1 if stop == FAILED else 128 + int(stop))
+    for domain, useless in data.useless.items():
+        if useless:
+            warn(f"{len(useless)} images of {domain.upper()} were no use, see above")
+    return Path(config.out)
+
+
+# ==================== Part III: the program ====================
+
+# ---------- 11. Images ----------
+
+DATA = Path(globals().get("__file__", ".")).resolve().parent / "data"  # the bundled drawings
+FORMATS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM PSD QOI SGI TGA TIFF WEBP".split()
+
+
+def say(line, end="\n", file=None):
     """Prints a line at once; goes on where the screen is gone."""
     with contextlib.suppress(OSError):
-        print(line, file=file, flush=True)
+        print(line, end=end, file=file, flush=True)
+
+
+@functools.cache  # each line once
+def warn(line):
+    say(f"warning: {line}", file=sys.stderr)
 
 
 def brief(error) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-@contextlib.contextmanager
-def blaming(path, failure="not a checkpoint that this can use"):
-    """Within, whatever goes wrong is the file's fault: BadInput."""
-    try:
-        yield
-    except Exception as error:
-        raise BadInput(f"{path}: {failure} ({brief(error)})") from None
-
-
-def attempt(function, path, *arguments):
-    """function(path, *arguments); where that file is no use, a warning and None."""
-    try:
-        return function(path, *arguments)
-    except BadInput as error:
-        say(f"warning: {error}; going on without it", sys.stderr)
 
 
 def write_whole(path: Path, save):
@@ -883,101 +1514,117 @@ def write_whole(path: Path, save):
             save(file)
             file.flush()
             os.fsync(file.fileno())
+        for pause in (0.5, 1, 2, 4):  # Windows, while another program reads what was there
+            with contextlib.suppress(PermissionError):
+                os.replace(temporary, path)
+                return
+            time.sleep(pause)
         os.replace(temporary, path)
     except Exception as error:  # PyTorch and PIL have their own
+        raise BadInput(f"{path}: cannot be written ({brief(error)})") from None
+    finally:
         with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise BadInput(f"{path}: cannot be written ({error})") from None
+            temporary.unlink()  # there after a failure, or Ctrl-C
 
 
-def walk(place):
-    """Each file of a folder, or the file itself, and why it is left out ("": it is an image).
+def read_formats() -> dict[str, str]:
+    """FORMATS by suffix, as far as this Pillow reads them."""
+    known = Image.registered_extensions().items()
+    return {suffix: kind for suffix, kind in known if kind in FORMATS and kind in Image.OPEN}
+
+
+def scan(folder) -> tuple[list[Path], list[str]]:
+    """The images of a folder, by suffix, sorted, and of what else is there one of a kind, and why.
 
     Subfolders and links are followed, each folder once; what is hidden is not there.
     """
-    place, kinds, seen = Path(place), Image.registered_extensions(), set()
-    if place.is_file():
-        yield place, ""
-    for folder, subfolders, names in os.walk(place, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        if os.path.realpath(folder) in seen:  # links may go round in circles
+    images, others, seen, errors, kinds = [], {}, set(), [], read_formats()
+    for here, subfolders, names in os.walk(folder, onerror=errors.append, followlinks=True):
+        if os.path.realpath(here) in seen:  # links may go round in circles
             subfolders.clear()
-            yield Path(folder), "linked once more"
+            others.setdefault("linked once more", []).append(here)
             continue
-        seen.add(os.path.realpath(folder))
-        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+        seen.add(os.path.realpath(here))
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for path in (Path(here, name) for name in names if not name.startswith(".")):
+            kind = path.suffix.lower()
             if not path.exists():
-                yield path, "a dead link"
-            elif path.suffix.lower() not in kinds:
-                yield path, f"{path.suffix or 'no suffix'}, not read by Pillow: convert it"
+                others.setdefault("a dead link", []).append(path)
+            elif kind in kinds:
+                images.append(path)
             else:
-                yield path, ""
+                others.setdefault(f"{kind or 'no suffix'}: not read, convert it", []).append(path)
+    for error in errors:
+        others.setdefault(error.strerror, []).append(error.filename)
+    return sorted(images), [f"{p[0]} ({why}; {len(p)} of these)" for why, p in others.items()]
 
 
 def list_images(folder) -> list[Path]:
-    """The folder's images, by suffix, sorted, with subfolders. BadInput if there are none."""
-    paths = sorted(path for path, why in walk(folder) if not why)
+    """The folder's images, subfolders and all; a warning of other files. BadInput if none."""
+    images, others = scan(folder)
     if Path(folder).is_file():
         raise BadInput(f"{folder}: is a file; name its folder")
-    if not paths:
+    if not images:
         what = "images in this" if Path(folder).is_dir() else "such file or"
-        kinds = ", ".join(sorted({path.suffix for path, _ in walk(folder)}))
-        raise BadInput(f"{folder}: no {what} folder" + (f", only {kinds}" if kinds else ""))
-    return paths
+        only = f", only {', '.join(others)}" if others and Path(folder).is_dir() else ""
+        raise BadInput(f"{folder}: no {what} folder{only}")
+    if others:
+        warn(f"left out: {', '.join(others)}")
+    return images
 
 
-def left_out(places) -> int:
-    """Says in one line what of these folders and files is not read, and why -> how many files."""
-    found = {}
-    for path, why in (item for place in places for item in walk(place)):
-        if not why and path.suffix.lower() in (".tif", ".tiff", ".gif", ".webp"):
-            with contextlib.suppress(Exception), Image.open(path) as image:
-                why = "all but the first of its pages" if image.n_frames > 1 else ""
-        if why:
-            found.setdefault(why, []).append(path)
-    if found:
-        reasons = (f"{paths[0]} ({why}; {len(paths)} of these)" for why, paths in found.items())
-        say(f"warning: left out: {', '.join(reasons)}", sys.stderr)
-    return sum(map(len, found.values()))
+def without_notes(data: bytes) -> bytes:
+    """A PNG's picture, colours and orientation; its texts may be huge, or broken."""
+    kept, at = [data[:8]], 8
+    while at < len(data) and data.startswith(b"\x89PNG"):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        name, whole = data[at + 4 : at + 8], zlib.crc32(data[at + 4 : end - 4]).to_bytes(4, "big")
+        wanted = name in (b"tRNS", b"iCCP", b"eXIf") and whole == data[end - 4 : end]
+        if name[:1].isupper() or wanted:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept) if len(kept) > 1 else data
 
 
-def load_image(path, mode="RGB", size=0) -> Image.Image:
-    """Any image that PIL reads, but PostScript (a program): its first frame, upright, in sRGB.
+def open_image(path) -> Image.Image:
+    """An image of one of FORMATS, its first frame, upright; of mode I where it is 16-bit grey.
 
-    mode None: RGB or RGBA, by what it has. size: of the shorter side, if not 0. BadInput.
+    BadInput where the file is no use; what the system may do better another time is raised as is.
     """
-    with blaming(path, "not a usable image"), Image.open(path) as image:
-        if image.format == "EPS" or max(image.size) > 100 * min(image.size) and size:
-            raise ValueError(f"{image.format} of {image.width} x {image.height} pixels")
-        image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # more than 8 bits
-            image = to_8_bits(image)
-        opaque = mode or not image.has_transparency_data
-        alpha = None if opaque else image.convert("RGBA").getchannel("A")
-        image = to_srgb(image).convert(mode or "RGB")
-        image.info.pop("icc_profile", None)  # save() would write it
-        if alpha:
-            image.putalpha(alpha)
-        return resized(image, size) if size else image
+    try:
+        data = io.BytesIO(without_notes(Path(path).read_bytes()))
+        with Image.open(data, formats=list(read_formats().values())) as image:
+            image.load()
+            kind, upright = image.format, image
+            with contextlib.suppress(Exception):  # a broken orientation
+                upright = ImageOps.exif_transpose(image)
+        if upright.mode == "F" or upright.mode == "I" and kind not in ("PNG", "PPM"):
+            raise ValueError(f"pixels of mode {upright.mode}: save it with 8 or 16 bits")
+        return upright.convert("I") if upright.mode.startswith("I;16") else upright
+    except Exception as error:
+        lasting = isinstance(error, (PermissionError, FileNotFoundError, IsADirectoryError))
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) and not lasting:
+            raise
+        raise BadInput(f"{path}: not a usable image ({brief(error)})") from None
 
 
-def resized(image: Image.Image, side: int, longest: int | None = None) -> Image.Image:
-    """The image with a shorter side of `side` pixels, less where the other would be > longest."""
-    return TF.resize(image, side, TF.InterpolationMode.BICUBIC, max_size=longest)
+def load_image(path, mode: str | None = "RGB", size=0) -> Image.Image:
+    """An image in sRGB, of 8 bits, on white where it is transparent. Errors as of `open_image`.
 
-
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of more bits, or of floats. ValueError unless its values fill a scale that is known.
-
-    Stretched one by one, the images of a folder would not stay comparable.
+    mode None: RGB, or RGBA where it has transparency. size: of the shorter side, if not 0.
     """
-    values = TF.pil_to_tensor(image.convert(image.mode[0])).float()  # (1, H, W)
-    low, high = values.aminmax()
-    for top in (1, 255, 65535) if image.mode == "F" else (255, 65535):
-        darkest = 0 if top == 1 else top / 4
-        if darkest <= high <= 1.1 * top and low >= -0.1 * top:  # sharpening goes beyond both ends
-            return to_image(values / top)
-    raise ValueError(f"values {low:g} to {high:g}, not to 1, 255 or 65535: save it with 8 bits")
+    image = open_image(path)
+    if size and max(image.size) > 100 * min(image.size):
+        raise BadInput(f"{path}: not a usable image ({image.width} x {image.height} pixels)")
+    if image.mode == "I":
+        image = to_image(TF.pil_to_tensor(image).float() / 65535)
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    image = to_srgb(image).convert("RGB")
+    image.info.pop("icc_profile", None)  # save() would write it
+    if alpha:
+        image.putalpha(alpha)
+        image = image if mode is None else on_white(image)
+    return resized(image, size) if size else image
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
@@ -993,8 +1640,18 @@ def to_srgb(image: Image.Image) -> Image.Image:
         return image
 
 
+def on_white(image: Image.Image) -> Image.Image:
+    """RGBA -> RGB."""
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def resized(image: Image.Image, side: int, longest: int | None = None) -> Image.Image:
+    """The image with a shorter side of `side` pixels, less where the other would be > longest."""
+    return TF.resize(image, side, TF.InterpolationMode.BICUBIC, max_size=longest)
+
+
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image -> (3, H, W) in [-1, 1]."""
+    """RGB or grey -> (3 or 1, H, W) in [-1, 1]."""
     return TF.to_tensor(image) * 2 - 1
 
 
@@ -1003,7 +1660,7 @@ def to_image(x: Tensor) -> Image.Image:
     return TF.to_pil_image((255 * x).round().clamp(0, 255).byte().cpu())
 
 
-class UnpairedImages(Dataset):
+class UnpairedImages:
     """Pairs (real_a, real_b) of (3, size, size) in [-1, 1]: resized, randomly cropped and mirrored.
 
     Pair i, for any i >= 0, is a function of the seed and i alone, so that a resumed run sees what
@@ -1012,14 +1669,9 @@ class UnpairedImages(Dataset):
     """
 
     def __init__(self, folder_a, folder_b, size=256, resize=286, seed=0):
-        folders = {"a": folder_a, "b": folder_b}
-        self.paths = {k: list_images(folder) for k, folder in folders.items()}
-        self.names = {
-            k: [path.relative_to(folder).as_posix() for path in self.paths[k]]
-            for k, folder in folders.items()
-        }
+        self.paths = {"a": list_images(folder_a), "b": list_images(folder_b)}
+        self.useless = {"a": set(), "b": set()}  # numbers of paths
         self.size, self.resize, self.seed = size, resize, seed
-        self.useless = {k: torch.zeros(len(p), dtype=torch.bool) for k, p in self.paths.items()}
 
     def __len__(self):
         return max(len(self.paths["a"]), len(self.paths["b"]))
@@ -1032,10 +1684,15 @@ class UnpairedImages(Dataset):
         epoch, position = divmod(i, len(paths))
         order = shuffled(len(paths), f"{self.seed} {domain} {epoch}")
         for k in order[position:] + order[:position]:  # the first that is of use
-            image = None if useless[k] else attempt(load_image, paths[k], "RGB", self.resize)
-            if image:
-                break
-            useless[k] = True
+            try:
+                if k not in useless:
+                    image = load_image(paths[k], size=self.resize)
+                    break
+            except BadInput as error:
+                useless.add(k)
+                warn(f"{error}; going on without it")
+            except (OSError, MemoryError) as error:  # may pass
+                warn(f"{paths[k]}: {brief(error)}; another image in its place this time")
         else:
             raise BadInput(f"{paths[0].parent}: not one usable image")
 
@@ -1067,308 +1724,14 @@ def sample_images(config: Config) -> list[Tensor]:
     folders = []
     for folder in domain_folders(config):
         test = sibling(folder, "train", "test")
-        folders.append(test if test and any(not why for _, why in walk(test)) else folder)
-    images = UnpairedImages(*folders, config.size, config.size, config.seed)
+        folders.append(test if test and scan(test)[0] else folder)
+    images = UnpairedImages(*folders, config.resize, config.resize, config.seed)
     return [torch.stack(column) for column in zip(*(images[i] for i in range(4)))]
 
 
-# ---------- 10. Training ----------
+# ---------- 12. Translate and evaluate ----------
 
-FORMAT = 8  # of the checkpoints
-
-RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)  # torchrun's
-
-
-class Trainer:
-    """Networks, optimisers, pools, curriculum and position of a run; `step` trains.
-
-    Under torchrun one of several processes, each with images of its own; gradients are averaged.
-    """
-
-    def __init__(self, config: Config, total: int, device: torch.device):
-        self.config, self.total, self.device = config, total, device
-        self.done = 0  # steps
-
-        # networks and what trains them
-        torch.manual_seed(config.seed)
-        self.nets = build(config).to(device)
-        torch.manual_seed(config.seed + RANK)
-        self.g_parameters = [p for k in ("g_ab", "g_ba") for p in self.nets[k].parameters()]
-        self.d_parameters = [p for k in ("d_a", "d_b") for p in self.nets[k].parameters()]
-        adam = dict(betas=(0.5, 0.999), fused=True)
-        self.opt_g = torch.optim.Adam(self.g_parameters, config.lr, **adam)
-        self.opt_d = torch.optim.Adam(self.d_parameters, config.lr, **adam)
-        self.curriculum = AdaptiveCurriculum(total, config.r).to(device)
-        self.pool_a, self.pool_b = ImagePool(config.pool), ImagePool(config.pool)
-        self.changing = [net for net in self.nets.modules() if hasattr(net, "set_progress")]
-        self.phase = None
-
-        # precision and speed
-        self.dtype = pick_precision(config, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        torch.backends.cudnn.benchmark = True  # all batches have one shape
-        self.graphs = []
-        if device.type == "cuda":
-            self.make_fast()
-
-        # for the log: figures of the steps since its last line, their names; lines to write yet,
-        # bytes written
-        self.rows, self.names, self.log, self.logged = [], [], [], 0
-        self.images = {}  # the names of those that it trains on, by domain
-        self.parts = {"nets": self.nets, "opt_g": self.opt_g, "opt_d": self.opt_d}
-        self.parts |= {"curriculum": self.curriculum, "scaler": self.scaler}
-
-    def step(self, real_a: Tensor, real_b: Tensor) -> dict[str, Tensor]:
-        """One update of the generators, then one of the discriminators, on images (B, 3, H, W).
-
-        -> the figures of the log: scalars, which stay on the device.
-        """
-        pinned = self.device.type == "cuda"  # elsewhere it would not be safe
-        real_a = real_a.to(self.device, non_blocking=pinned)
-        real_b = real_b.to(self.device, non_blocking=pinned)
-        r = self.begin()  # (2,): of A -> B, of B -> A
-
-        # generators: gradients of both directions, one update
-        fake_a, fake_b, mask_a, mask_b, ab, ba = self.generator_gradients(real_a, real_b, r)
-        self.update(self.opt_g, self.g_parameters)
-
-        # discriminators: fakes of this step and of earlier ones, each with the mask that made it
-        old_a = self.pool_a.query(fake_a, mask_b)  # a fake of A was made of a B
-        old_b = self.pool_b.query(fake_b, mask_a)
-        a, b = self.discriminator_gradients((real_a, mask_a), (real_b, mask_b), old_a, old_b)
-        self.update(self.opt_d, self.d_parameters)
-        self.scaler.update()
-
-        # how far each direction copies decides its next r, Eq. (11)
-        if self.config.curriculum == "adaptive":
-            judge = next(iter(self.nets["d_a"]))  # "gan", or "paired" where there is no other
-            e, c = torch.stack([ab[judge], ba[judge]]), torch.stack([b["copy"], a["copy"]])
-            self.curriculum.update(self.done, *average(torch.stack([e, c])))
-
-        self.done += 1
-        figures = {name: ab[name] + ba[name] for name in ab}
-        figures |= {name: a[name] + b[name] for name in a}
-        figures |= {"attention_ab": mask_a.mean(), "attention_ba": mask_b.mean()}
-        if self.config.curriculum != "none":
-            figures |= {"r_ab": r[0], "r_ba": r[1]}
-        self.names = list(figures)
-        self.rows.append(torch.stack(list(figures.values())))  # a copy: replays overwrite
-        return dict(zip(self.names, self.rows[-1]))
-
-    def generator_gradients(self, real_a: Tensor, real_b: Tensor, r: Tensor):
-        """Eq. (10), backwards -> fakes of A and B, masks of real_a and real_b, terms of both ways.
-
-        One direction at a time, to hold one graph. inputs: discriminators get no gradients here.
-        """
-        g_ab, g_ba, d_a, d_b = self.nets.values()
-        self.opt_g.zero_grad()
-        with self.autocast():
-            loss, ab, to_b = generator_objective(g_ab, g_ba, d_b, real_a, real_b, r[0], self.config)
-        self.scaler.scale(loss).backward(inputs=self.g_parameters)
-        fake_b, mask_a = to_b.image.detach(), to_b.foreground.detach()
-        del loss, to_b  # their memory, before the other direction needs as much
-
-        with self.autocast():
-            loss, ba, to_a = generator_objective(g_ba, g_ab, d_a, real_b, real_a, r[1], self.config)
-        self.scaler.scale(loss).backward(inputs=self.g_parameters)
-        fake_a, mask_b = to_a.image.detach(), to_a.foreground.detach()
-        return fake_a, fake_b, mask_a, mask_b, ab, ba
-
-    def discriminator_gradients(self, real_a, real_b, fake_a, fake_b):
-        """Eqs. (4), (5), backwards; each an image and a mask -> terms of A's, of B's."""
-        _, _, d_a, d_b = self.nets.values()
-        self.opt_d.zero_grad()
-        with self.autocast():
-            loss, b = discriminator_objective(d_b, real_b, fake_b, real_a, self.config)
-        self.scaler.scale(loss).backward(inputs=self.d_parameters)
-        with self.autocast():
-            loss, a = discriminator_objective(d_a, real_a, fake_a, real_b, self.config)
-        self.scaler.scale(loss).backward(inputs=self.d_parameters)
-        return a, b
-
-    def update(self, optimizer, parameters):
-        """One Adam step, on the mean gradient of all processes."""
-        if WORLD > 1:
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            mean = average(torch.cat([gradient.flatten() for gradient in gradients]))
-            for gradient, new in zip(gradients, mean.split([g.numel() for g in gradients])):
-                gradient.copy_(new.view_as(gradient))
-        optimizer.param_groups[0]["lr"] = learning_rate(self.config, self.done / self.total)
-        self.scaler.step(optimizer)
-
-    def make_fast(self):
-        """On CUDA: compiles the networks and records the two methods above, as the options ask."""
-        gradients = [self.generator_gradients, self.discriminator_gradients]
-        if self.config.compile:
-            say("--compile: the first steps take minutes")
-            torch.compiler.set_stance("default")
-            g_ab, g_ba, d_a, d_b = self.nets.values()
-            for net in (g_ab, g_ba, *d_a.values(), *d_b.values()):
-                net.compile(dynamic=False)
-            gradients = [functools.partial(or_eager, function) for function in gradients]
-        if self.config.graph:
-            gradients = [Recorded(function, self.nets.buffers()) for function in gradients]
-            self.graphs = gradients
-        self.generator_gradients, self.discriminator_gradients = gradients
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
-
-    def begin(self) -> Tensor:
-        """Tells the networks how far the run is -> r of this step, Eq. (10): (2,)."""
-        progress = self.done / self.total
-        phase = [net.set_progress(progress) for net in self.changing]
-        if phase != self.phase:  # what was recorded is void
-            for graph in self.graphs:
-                graph.forget()
-        self.phase = phase
-        if self.config.curriculum == "adaptive":
-            return self.curriculum(self.done)
-        return torch.full((2,), scheduled_r(self.config, progress), device=self.device)
-
-    def check_finite(self):
-        """BadInput where a figure since the last line of the log, or a weight, is not finite."""
-        names, weights = zip(*self.nets.named_parameters())
-        finite = torch.stack([weight.isfinite().all() for weight in weights]).tolist()  # waits once
-        wrong = [name for name, fine in zip(names, finite) if not fine]
-        if self.rows:
-            sums = torch.stack(self.rows).sum(0).tolist()
-            wrong = [k for k, value in zip(self.names, sums) if not math.isfinite(value)] + wrong
-        if wrong:
-            cure = "try a new run with a lower --lr, or --precision fp32"
-            raise BadInput(f"step {self.done}: {wrong[0]} is not finite; not saved; {cure}", 1)
-
-    def state_dict(self) -> dict:
-        """All that the run needs to go on; of several processes, the first one's pools."""
-        return {
-            "format": FORMAT,
-            "config": dataclasses.asdict(self.config),
-            "world": WORLD,
-            "step": self.done,
-            "total": self.total,
-            "rows": self.rows,
-            "names": self.names,
-            "log": self.log,
-            "logged": self.logged,
-            "images": self.images,
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            "pools": [self.pool_a.items, self.pool_b.items],
-            "random": torch.get_rng_state(),
-        }
-
-    def load_state_dict(self, state: dict):
-        """ValueError for another number of processes, or whatever a damaged state raises."""
-        if state["world"] != WORLD:
-            raise ValueError(f"a run of {state['world']} processes, here are {WORLD}")
-        if not 0 <= state["step"] <= self.total:
-            raise ValueError(f"step {state['step']} of {self.total}")
-        self.done = state["step"]
-        self.rows = [row.to(self.device) for row in state["rows"]]
-        self.names, self.log, self.logged = state["names"], state["log"], int(state["logged"])
-        for name, part in self.parts.items():
-            if name != "scaler" or state["parts"][name]:  # one that was not needed is empty
-                part.load_state_dict(state["parts"][name])
-        for p, moments in [*self.opt_g.state.items(), *self.opt_d.state.items()]:
-            if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
-                raise ValueError("Adam's means of another shape")  # Adam does not look
-
-        size = self.config.size
-        for pool, items in zip((self.pool_a, self.pool_b), state["pools"], strict=True):
-            pool.items = [(image.to(self.device), mask.to(self.device)) for image, mask in items]
-            for image, mask in pool.items:
-                if image.shape != (3, size, size) or mask.shape != (1, size, size):
-                    raise ValueError("a pool of images of another size")
-        if RANK == 0:
-            torch.set_rng_state(state["random"])
-
-
-class Recorded:
-    """A function of CUDA tensors, or pairs of them: the fourth call records it as a CUDA graph.
-
-    From then on it is replayed, one launch in place of thousands; what a replay returns, the next
-    overwrites. Where recording fails, or the first replay returns what an eager call does not, one
-    line says so, and the function is called as it is. state: tensors that it changes in place.
-    """
-
-    def __init__(self, function, state=()):
-        self.function, self.state = function, list(state)
-        self.forget()
-
-    def forget(self):
-        """The fourth call from now on is recorded."""
-        self.calls, self.graph, self.inputs, self.outputs = 0, None, None, None
-
-    def __call__(self, *inputs):
-        self.calls += 1
-        if self.calls == 4:  # by now libraries and compilers have settled
-            self.record(inputs)
-        if self.graph is None:
-            return self.function(*inputs)
-        for static, new in zip(flat(self.inputs), flat(inputs)):
-            static.copy_(new)
-        self.graph.replay()
-        return self.outputs
-
-    def record(self, inputs):
-        self.inputs = [
-            tuple(x.clone() for x in part) if isinstance(part, tuple) else part.clone()
-            for part in inputs
-        ]
-        before = [x.clone() for x in self.state]
-        gc.collect()  # memory that is freed in the middle would spoil it
-        try:
-            expected = self.function(*inputs)
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            # thread_local: loaders pin memory meanwhile
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self.outputs = self.function(*self.inputs)
-            graph.replay()
-            close = dict(rtol=0.05, atol=0.05, equal_nan=True)  # far above what rounding does
-            torch.testing.assert_close(self.outputs, expected, **close)
-            self.graph = graph
-        except Exception as error:  # CUDA's, the allocator's, a library's
-            self.inputs, self.outputs = None, None
-            say(f"no CUDA graph, going on without: {brief(error)}", sys.stderr)
-        for x, old in zip(self.state, before):
-            x.copy_(old)
-
-
-def flat(inputs) -> list[Tensor]:
-    """Tensors and tuples of tensors -> the tensors."""
-    return [x for part in inputs for x in (part if isinstance(part, tuple) else (part,))]
-
-
-def or_eager(function, *inputs):
-    """function(*inputs), of compiled networks; where that fails, one line, and again without."""
-    try:
-        return function(*inputs)
-    except Exception as error:  # whatever a compiler raises, in a forward or a backward
-        failure = brief(error)
-    say(f"torch.compile failed, going on without: {failure}", sys.stderr)
-    torch.compiler.set_stance("force_eager")
-    return function(*inputs)
-
-
-def average(x: Tensor) -> Tensor:
-    """The mean over the processes, in place."""
-    if WORLD > 1:
-        dist.all_reduce(x)
-        x /= WORLD
-    return x
-
-
-def learning_rate(config: Config, progress: float) -> float:
-    """Constant for the first half of the run, then linearly to 0 at progress = 1."""
-    return config.lr * min(1.0, 2 - 2 * progress)
-
-
-def pick_precision(config: Config, device: torch.device) -> torch.dtype | None:
-    """Of convolutions; None: float32. auto: on CUDA bf16, or fp16 where the GPU has no bf16."""
-    if config.precision != "auto":
-        return PRECISIONS[config.precision]
-    if device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # others are written as PNG
 
 
 def pick_device(name: str) -> torch.device:
@@ -1387,333 +1750,55 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_checkpoint(run) -> dict:
-    """A run folder or its checkpoint.pt -> the state. Never runs code from the file."""
-    path = Path(run, "checkpoint.pt") if Path(run).is_dir() else Path(run)
-    if not path.is_file():
-        raise BadInput(f"{run}: no checkpoint.pt here; name a run folder, such as runs/NAME")
-    with blaming(path):
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load looks at no checksum
-                raise ValueError("damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT:
-            raise ValueError(f"of format {state['format']}, this program's is {FORMAT}")
-        state["step"], state["total"] = int(state["step"]), int(state["total"])
-        saved, fields = state["config"], dataclasses.fields(Config)
-        values = (field.type(saved.get(field.name, field.default)) for field in fields)
-        state["config"] = check(Config(*values))
-        return state
-
-
-@torch.no_grad()
-def panels(generator: nn.Module, x: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, 4, 3, H, W): input, attention, content (weighted mean), translation."""
-    t = generator(x)
-    weight = t.attention[:, :-1, None] + 1e-6              # (B, n-1, 1, H, W)
-    content = (weight * t.content).sum(1) / weight.sum(1)  # (B, 3, H, W)
-    attention = (t.foreground * 2 - 1).expand_as(x)        # (B, 3, H, W)
-    return torch.stack([x, attention, content, t.image], dim=1)
-
-
-@torch.compiler.set_stance("force_eager")  # a few images are not worth compiling for
-def save_samples(path: Path, nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor) -> Tensor:
-    """A PNG, a row for each pair: four panels of A -> B, four of B -> A. -> the grid in [0, 1]."""
-    nets.eval()
-    rows = torch.cat([panels(nets["g_ab"], real_a), panels(nets["g_ba"], real_b)], dim=1)
-    nets.train()
-    grid = make_grid(rows.flatten(0, 1) / 2 + 0.5, nrow=8, pad_value=1)
-    write_whole(path, lambda file: to_image(grid).save(file, "PNG"))
-    return grid
-
-
-def tensorboard(config: Config, step: int):
-    """TensorBoard's writer, or, not asked for, None; closed at the end of a `with`.
-
-    What a killed run wrote there after `step` is shown no more.
-    """
-    if RANK or not config.tensorboard:
-        return contextlib.nullcontext()
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise BadInput("--tensorboard needs one more package: pip install tensorboard") from None
-    return SummaryWriter(str(Path(config.out, "tensorboard")), purge_step=step + 1)
-
-
-def append_log(path: Path, trainer: Trainer, names):
-    """Adds the lines not written yet; cuts off what a run wrote that was killed later on."""
-    with blaming(path, "cannot be written, kept for the next line"), open(path, "ab") as file:
-        end = min(trainer.logged, file.tell())
-        file.truncate(end)
-        header = [] if end else [",".join(names)]
-        file.write("".join(f"{line}\n" for line in header + trainer.log).encode())
-        file.flush()
-        trainer.log, trainer.logged = [], file.tell()
-
-
-def write_progress(trainer: Trainer, out: Path, per_epoch: int, seconds: float) -> dict:
-    """A line on the screen and a row of log.csv: means since the last one. seconds: of a step."""
-    step, total = trainer.done, trainer.total
-    means = dict(zip(trainer.names, torch.stack(trainer.rows).mean(0).tolist()))
-    row = {"step": step, "epoch": (step - 1) // per_epoch + 1}
-    row["pairs_per_second"] = trainer.config.batch_size * WORLD / seconds
-    row["rate"] = learning_rate(trainer.config, (step - 1) / total)
-    trainer.log.append(",".join(f"{value:.6g}" for value in (row | means).values()))
-    attempt(append_log, out / "log.csv", trainer, row | means)
-
-    left = f"{row['pairs_per_second']:.1f} pairs/s  {(total - step) * seconds / 60:.1f} min left"
-    figures = "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-    say(f"epoch {row['epoch']}  step {step}/{total}  {left}  {figures}")
-    for name in ("attention_ab", "attention_ba"):
-        if trainer.config.model not in UNFUSED and not 0.03 <= means[name] <= 0.97:
-            found = "copies its input" if means[name] < 0.5 else "repaints everything"
-            line = f"warning: {name} is {means[name]:.4f}: g_{name[-2:]} {found}, or nearly"
-            say(f"{line}; see README.md, The log, and when it goes wrong", sys.stderr)
-    return row | means
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Within, SIGINT, SIGTERM and SIGHUP are only noted, in the list given; a second one kills.
-
-    A SIGHUP that was ignored before, as under nohup, stays so; in a thread nothing changes.
-    """
-    seen, before = [], {}
-
-    def note(number, _frame):
-        seen.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)  # Windows has none
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-HELD = []  # handles of folders
-
-
-@contextlib.contextmanager
-def held(folder: Path):
-    """Within, no other process can hold this folder: BadInput. The system lets a dead one's go."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: not held
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    HELD.append(handle)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BadInput(f"--out {folder}: another process trains there") from None
-        yield
-    finally:
-        HELD.remove(handle)
-        os.close(handle)
-
-
-def start_worker(_number):
-    """A loading process: signals that reach it too do not end it before the step is done."""
-    for handle in HELD:  # if this process outlives a killed run, the folder is free
-        os.close(handle)
-    if hasattr(os, "setpgrp"):  # a terminal's Ctrl-C goes to its group; Windows has none
-        os.setpgrp()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(1, os._exit, [0]).start())
-
-
-class LoadingFailed(BadInput):
-    """No more images: of a folder none is usable, or a loading process died."""
-
-
-def batches(loader):
-    """The loader's. LoadingFailed, of status 1 where a process of it died."""
-    number = getattr(signal, "SIGCHLD", None)  # Windows has none
-    handler = number and signal.getsignal(number)
-    try:
-        if loader.num_workers:
-            for flags in loader.dataset.useless.values():
-                flags.share_memory_()
-        loading = iter(loader)
-        if handler is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(number, handler)  # PyTorch's would raise in the middle of a step
-        yield from loading
-    except BadInput as error:  # a process's comes as the last line of its traceback
-        raise LoadingFailed(str(error).strip().rpartition("BadInput: ")[2]) from None
-    except Exception as error:
-        reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
-        line = f"a loading process is lost, --resume goes on, with fewer --workers: {reason}"
-        raise LoadingFailed(line, 1) from None
-
-
-def open_run(config: Config, data: UnpairedImages, device, per_epoch: int, resume) -> Trainer:
-    """A new run, or one from another's networks (--init), or, where it is there, the saved one."""
-    file, folders = Path(config.out, "checkpoint.pt"), domain_folders(config)
-    state = load_checkpoint(file) if resume and file.exists() else None
-    total = config.steps or config.epochs * per_epoch
-    if state:
-        saved = state["config"]
-        if (saved.steps, saved.epochs) == (config.steps, config.epochs):
-            total = state["total"]  # though the folders may have changed
-    trainer = Trainer(config, total, device)
-    trainer.images = data.names
-    if state:
-        restore(trainer, state, file, folders)
-    elif config.init:
-        nets = load_checkpoint(config.init)["parts"]["nets"]
-        with blaming(f"--init {config.init}", "not networks like this run's"):
-            trainer.nets.load_state_dict(nets)
-    return trainer
-
-
-def restore(trainer: Trainer, state: dict, file: Path, folders):
-    """The run as saved. BadInput where it moved to other images, a warning where some changed."""
-    if state["step"] > trainer.total:
-        line = f"{trainer.total} steps, of which {state['step']} are done; name more"
-        raise BadInput(f"--epochs, --steps: {line}")
-    with blaming(file):
-        trainer.load_state_dict(state)
-        changed = [set(map(str, state["images"][k])) ^ set(trainer.images[k]) for k in "ab"]
-    there, here = ((config.a, config.b) for config in (state["config"], trainer.config))
-    for folder, names in zip(folders, changed):
-        if names:
-            line = f"{folder}: {len(names)} names are not as in {file}, such as {min(names)}"
-            if here != there:
-                raise BadInput(line)
-            say(f"warning: {line}", sys.stderr)
-    if here != there:
-        say(f"the same images, now in {folders[0]} and {folders[1]}")
-
-
-def save(trainer: Trainer, out: Path, shown):
-    """The first process writes a sample grid and then the checkpoint. BadInput."""
-    trainer.check_finite()
-    if RANK == 0:
-        attempt(save_samples, out / "samples" / f"{trainer.done:07}.png", trainer.nets, *shown)
-        state = trainer.state_dict()
-        write_whole(out / "checkpoint.pt", functools.partial(torch.save, state))
-
-
-def train(config: Config, resume: bool = False) -> Path:
-    """Trains; leaves checkpoint.pt, log.csv and samples/*.png in the run folder, and returns it.
-
-    resume: goes on from the checkpoint there, if any. SIGINT, SIGTERM and SIGHUP finish the step
-    and save, then BadInput of status 128 + their number; a lost loading process saves, then
-    BadInput of status 1. BadInput where the folder is not empty, or another process trains there.
-    """
-    device, out, folders = pick_device(config.device), Path(config.out), domain_folders(config)
-    if out.is_file():
-        raise BadInput(f"--out {out}: is a file; name a folder")
-    if not resume and RANK == 0 and out.exists() and any(out.iterdir()):
-        raise BadInput(f"--out {out}: not empty; name another folder, or --resume")
-    if any(folder.resolve() in (out / "samples").resolve().parents for folder in folders):
-        raise BadInput(f"--out {out}: is in a training folder, whose images its samples would be")
-
-    # images to train on, images to show
-    data = UnpairedImages(*folders, config.size, config.resize, config.seed)
-    if RANK == 0:
-        left_out(folders)
-        a, b = map(len, data.paths.values())
-        often = f"each of A comes {len(data) / a:.3g} x, each of B {len(data) / b:.3g} x"
-        say(f"{a} images of A, {b} of B; in an epoch {often}")
-    shown = [x.to(device) for x in sample_images(config)]
-
-    # the run
-    if WORLD > 1:
-        nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
-        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
-    size = config.batch_size
-    per_epoch = max(1, len(data) // (size * WORLD))
-    trainer = open_run(config, data, device, per_epoch, resume)
-
-    # batches, from where the run is; every process takes its turn
-    turns = range(trainer.done * WORLD + RANK, trainer.total * WORLD, WORLD)
-    loader = DataLoader(
-        data,
-        batch_sampler=(range(i * size, (i + 1) * size) for i in turns),
-        num_workers=min(config.workers, os.cpu_count() or 1),
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # its own: the pools' random numbers stay the same
-        worker_init_fn=start_worker,
-    )
-
-    start, first, stop = time.monotonic(), trainer.done, torch.tensor(0)
-    with (
-        held(out) if RANK == 0 else contextlib.nullcontext(),
-        stop_signals() as signals,
-        tensorboard(config, trainer.done) as board,
-    ):
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        try:
-            for real_a, real_b in batches(loader):
-                trainer.step(real_a, real_b)
-                stop = torch.tensor(max(signals, default=0))
-                if WORLD > 1:
-                    dist.all_reduce(stop, dist.ReduceOp.MAX)  # all stop after the same step
-                last = trainer.done == trainer.total
-
-                if trainer.done % config.log_every == 0 or last:
-                    trainer.check_finite()
-                    seconds = (time.monotonic() - start) / (trainer.done - first)
-                    if RANK == 0:  # of several processes one speaks and writes
-                        row = write_progress(trainer, out, per_epoch, seconds)
-                    if board:
-                        for name, value in row.items():
-                            board.add_scalar(name, value, trainer.done)
-                    trainer.rows, start, first = [], time.monotonic(), trainer.done
-
-                if trainer.done % config.save_every == 0 or last or stop:
-                    save(trainer, out, shown)
-                if stop:
-                    break
-        except LoadingFailed:
-            if trainer.done:
-                save(trainer, out, shown)
-            raise
-
-    if WORLD > 1:
-        dist.destroy_process_group()
-    useless = sum(int(flags.sum()) for flags in data.useless.values())
-    if useless:
-        say(f"{useless} training images were no use, see above")
-    if stop and trainer.done < trainer.total:
-        line = f"stopped after step {trainer.done}, saved; goes on with --resume"
-        raise BadInput(line, 128 + int(stop))
-    return out
-
-
-# ---------- 11. Translate and evaluate ----------
-
-WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # others are written as PNG
-
-
 def load_generators(run, device: torch.device) -> tuple[nn.ModuleDict, Config]:
-    """The trained networks in evaluation mode, and their configuration."""
+    """The trained networks in evaluation mode, and their configuration. BadInput."""
     state = load_checkpoint(run)
-    with blaming(run), torch.device("meta"):  # what does not match the file takes no memory
-        nets = build(state["config"])
-        nets.load_state_dict(state["parts"]["nets"], assign=True)
+    try:
+        with torch.device("meta"):  # what does not match the file takes no memory
+            nets = build(state["config"])
+            nets.load_state_dict(state["parts"]["nets"], assign=True)
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise unusable(run, error) from None
     return nets.float().to(device).eval(), state["config"]
 
 
 @torch.no_grad()
 def apply_any_size(generator: nn.Module, x: Tensor) -> Translation:
-    """The generator on an image (3, H, W) of any size: padded as it needs, cropped back; B = 1."""
+    """The generator on an image (3, H, W) of any size: padded as it needs, cropped back; B = 1.
+
+    FloatingPointError where the result is not finite.
+    """
     height, width = x.shape[-2:]
     down, right = (max(16, -(-side // 4) * 4) - side for side in (height, width))
     t = generator(F.pad(x[None], (0, right, 0, down), mode="replicate"))
-    return Translation(*(part[..., :height, :width] for part in t))
+    if not t.image.isfinite().all():
+        raise FloatingPointError("its translation is not finite")
+    return Translation(*(part[..., :height, :width].cpu() for part in t))
+
+
+def translate_image(generator: nn.Module, image: Image.Image, side: int, device):
+    """Eq. (12): RGB or RGBA -> its translation and its mask, of its size; the first with its alpha.
+
+    side: of the image as the generator sees it, the shorter one; 0: as it is.
+    """
+    colours = image.convert("RGB")
+    seen = on_white(image) if image.mode == "RGBA" else colours
+    if side:
+        seen = resized(seen, side, longest=16 * side)
+    small = to_tensor(seen)
+    t = apply_any_size(generator, small.to(device))
+    new, mask = to_image(t.image[0] / 2 + 0.5), to_image(t.foreground[0])
+
+    if seen != colours:  # one channel at a time: a third of the memory
+        bands = []
+        for n, band in enumerate(colours.split()):
+            changed = carry(to_tensor(band)[None], small[None, n : n + 1], t.image[:, n : n + 1])
+            bands.append(to_image(changed[0] / 2 + 0.5))
+        new = Image.merge("RGB", bands)
+        mask = mask.resize(image.size, Image.Resampling.BICUBIC)
+    if image.mode == "RGBA":
+        new.putalpha(image.getchannel("A"))
+    return new, mask
 
 
 def plan_outputs(inputs, out: Path, attention: bool) -> dict[Path, list[Path]]:
@@ -1727,12 +1812,14 @@ def plan_outputs(inputs, out: Path, attention: bool) -> dict[Path, list[Path]]:
             mask = target.with_name(target.stem + "_attention.png")
             plan[path] = [target, mask] if attention else [target]
             for output in plan[path]:
-                other = taken.setdefault(output, path)
+                other = taken.setdefault(str(output).casefold(), path)  # as some disks see names
                 if other != path:
                     raise BadInput(f"{path} and {other}: both would write {output}; split them")
-    clash = {path.resolve() for path in plan} & {output.resolve() for output in taken}
-    if clash:
-        raise BadInput(f"--out {out}: {clash.pop()} is an input; name another folder")
+
+    inputs = {(path.stat().st_dev, path.stat().st_ino): path for path in plan}
+    for output in (output for outputs in plan.values() for output in outputs if output.exists()):
+        if path := inputs.get((output.stat().st_dev, output.stat().st_ino)):
+            raise BadInput(f"--out {out}: {path} is an input; name another folder")
     return plan
 
 
@@ -1741,133 +1828,159 @@ def translate(
 ) -> list[Path]:
     """Each input image (files, or folders of them) -> `out`/its name, at its size, with its alpha.
 
-    to: "a" or "b". attention: the mask too, as NAME_attention.png. Returns the translations' paths.
-    resize: shorter side of what the networks see, whose change is carried to the image, Eq. (12);
-    by default the run's, of its training; 0: the image as it is.
-    BadInput where one would overwrite an input or another; at the end, where an input was no use.
+    to: "a" or "b". attention: the mask too, as NAME_attention.png. resize: shorter side of what the
+    networks see, Eq. (12), by default that of the training; 0: the image as it is. -> the paths of
+    the translations. BadInput where one would overwrite an input or another; at the end, where an
+    input was no use.
     """
     device, out = pick_device(device), Path(out)
     if out.is_file():
         raise BadInput(f"--out {out}: is a file; name a folder")
-    plan = plan_outputs(inputs, out, attention)
+    plan, done = plan_outputs(inputs, out, attention), []
     nets, config = load_generators(run, device)
     generator = nets["g_ab" if to == "b" else "g_ba"]
     side = config.resize if resize is None else resize
 
-    def render(path, target, *masks):
-        image = load_image(path, mode=None)
-        colours = image.convert("RGB")
-        with blaming(path, f"{image.width} x {image.height} pixels, not translated"):  # too large?
-            small = to_tensor(resized(colours, side, 16 * side) if side else colours).to(device)
-            t = apply_any_size(generator, small)
-            new = to_image(t.image[0] / 2 + 0.5)
-            if new.size != image.size:  # one colour at a time: a third of the memory
-                small, changed = small[None].split(1, 1), t.image.split(1, 1)
-                colours = (to_tensor(colour)[None].to(device) for colour in colours.split())
-                bands = [carry(*band)[0] / 2 + 0.5 for band in zip(colours, small, changed)]
-                new = Image.merge("RGB", [to_image(band) for band in bands])
-        mask = to_image(t.foreground[0]).resize(image.size, Image.Resampling.BICUBIC)
-        if image.mode == "RGBA" and target.suffix.lower() not in (".jpg", ".jpeg"):
-            new.putalpha(image.getchannel("A"))
-        for output, picture in zip((target, *masks), (new, mask)):
-            kind = Image.registered_extensions()[output.suffix.lower()]
-            write_whole(output, functools.partial(picture.save, format=kind, quality=95))
-        say(target)
-        return target
-
-    missing = left_out(inputs)
-    done = [attempt(render, path, *outputs) for path, outputs in plan.items()]
-    if None in done or missing:
-        line = f"{done.count(None)} of {len(done)} images not translated, see above"
-        raise BadInput(line if None in done else f"{missing} files left out, see above", 1)
+    for number, (path, outputs) in enumerate(plan.items(), 1):
+        try:
+            pictures = translate_image(generator, load_image(path, mode=None), side, device)
+            for output, picture in zip(outputs, pictures):
+                kind = Image.registered_extensions()[output.suffix.lower()]
+                picture = picture.convert("RGB") if kind == "JPEG" else picture
+                write_whole(output, functools.partial(picture.save, format=kind, quality=95))
+            say(f"{number}/{len(plan)}  {outputs[0]}")
+            done.append(outputs[0])
+        except (BadInput, OSError, ArithmeticError, MemoryError, RuntimeError, ValueError) as error:
+            line = error if isinstance(error, BadInput) else f"{path}: {brief(error)}"
+            warn(f"{line}; going on without it")
+    if len(done) < len(plan):
+        raise BadInput(f"{len(plan) - len(done)} of {len(plan)} images failed, see above", 1)
+    if any(scan(item)[1] for item in inputs if Path(item).is_dir()):
+        raise BadInput("some files were left out, see above", 1)
     return done
 
 
 def mask_figures(x: Tensor, t: Translation, mask: Tensor | None) -> dict[str, float]:
     """One image's figures: x (3, H, W), its translation, its true foreground (H, W), bool, or None.
 
-    iou: of foreground >= 0.5 and the mask. background_error, foreground_change: mean |out - in|
-    outside and inside it, images in [0, 1]. mean_attention: mean foreground. NaN without a mask.
+    iou: of foreground >= 0.5 and the mask, 1 where both are empty; iou_of_all: of the whole image
+    and the mask. background_error, foreground_change: mean |out - in| outside and inside it, images
+    in [0, 1]. mean_attention: mean foreground. NaN without a mask, or of no pixels.
     """
-    figures = dict.fromkeys(("iou", "background_error", "foreground_change"), math.nan)
+    names = "iou", "iou_of_all", "background_error", "foreground_change"
+    figures = dict.fromkeys(names, math.nan)
     if mask is not None:
         change = (t.image[0] - x).abs().mean(0) / 2  # (H, W)
         found = t.foreground[0, 0] >= 0.5            # (H, W)
-        figures["iou"] = ((found & mask).sum() / (found | mask).sum()).item()
+        either = (found | mask).sum()
+        figures["iou"] = ((found & mask).sum() / either).item() if either else 1.0
+        figures["iou_of_all"] = mask.float().mean().item()
         figures["background_error"] = change[~mask].mean().item()
         figures["foreground_change"] = change[mask].mean().item()
     return figures | {"mean_attention": t.foreground.mean().item()}
 
 
-def load_mask(masks: Path, name: Path, size, device) -> Tensor:
-    """The true foreground of the image `name`, (H, W) of bools, from the folder of masks.
+def mask_variety(masks: Tensor) -> float:
+    """How much of the variance of masks (N, 1, H, W) is between images, at a pixel.
 
-    Labels, of a palette or of two values: all but 0; of more grey values: the lighter half.
+    1: they have nothing in common, 0: one mask for all; NaN: a single value.
     """
-    stem = glob.escape(str(name.with_suffix("")))
-    found = sorted(path for path in masks.glob(f"{stem}.*") if path.stem == name.stem)
-    if not found:
-        raise BadInput(f"{masks}: no mask for {name}")
-    with blaming(found[0], "not a usable mask"), Image.open(found[0]) as image:
-        image = ImageOps.exif_transpose(image)
-        labels = image.mode == "P"
-        values = TF.pil_to_tensor(image if labels else image.convert("L"))  # (1, H, W)
-        (height, width), grey = values.shape[-2:], not labels and len(values.unique()) > 2
-        if abs(width / height * size[0] / size[1] - 1) > 0.05:
-            raise ValueError(f"{width} x {height} pixels; {name} has {size[1]} x {size[0]}")
-        if grey and values.max() < 128:
-            raise ValueError(f"grey values to {values.max()} only; labels need a palette")
-        mask = (values >= 128 if grey else values > 0).float().to(device)
-        return TF.resize(mask, size)[0] >= 0.5
+    return (masks.var(0, correction=0).mean() / masks.var(correction=0)).item()
+
+
+def mask_name(path: Path) -> str:
+    """An image's path in its folder -> its mask's; composed, as names from a Mac are not."""
+    return unicodedata.normalize("NFC", path.with_suffix("").as_posix())
+
+
+def load_mask(path, size) -> Tensor:
+    """A true foreground, (H, W) of bools, resized to `size`; BadInput where its meaning is open.
+
+    Of its alpha, where that varies, else of each pixel's largest channel: all but 0, where there
+    are two values, 0 and another; else what is white, where nearly all is black or white.
+    """
+    image = open_image(path)
+    if image.mode == "I":  # labels, or black and white
+        values = TF.pil_to_tensor(image)[0]                   # (H, W)
+    else:
+        layers = TF.pil_to_tensor(image.convert("RGBA"))      # (4, H, W)
+        varies = layers[3].min() < layers[3].max()
+        values = layers[3] if varies else layers[:3].amax(0)  # (H, W)
+    levels, mask = values.unique().tolist(), values >= 128  # of 255
+    if len(levels) == 2 and levels[0] == 0:
+        mask = values > 0
+    elif ((values < 32) | (values >= 224)).float().mean() < 0.9 or 0 < levels[-1] < 128:
+        raise BadInput(f"{path}: not black and white; save the foreground as white (255)")
+
+    height, width = mask.shape
+    if abs(width / height * size[0] / size[1] - 1) > 0.05:
+        raise BadInput(f"{path}: {width} x {height} pixels, for an image of {size[1]} x {size[0]}")
+    return TF.resize(mask[None].float(), size)[0] >= 0.5
 
 
 def evaluate(run, a="", b="", masks_a="", masks_b="", save="", device="auto") -> dict[str, dict]:
-    """Mean figures of test images, resized to the run's size: {"a2b": {...}, "b2a": {...}}.
+    """Mean figures of test images, resized as those of the training: {"a2b": {...}, "b2a": {...}}.
 
     Folders not given: beside the training folders, with test for train in their names; of masks,
     beside the test folders, with masks for test, if any. A mask has its image's path in the folder,
-    with any extension, and is white on the foreground. None: not measured.
+    with any extension. images: how many; the rest as in `mask_figures`, means over the images that
+    have a figure (None: none has), and `mask_variety`.
     save: a new folder for the translations (a2b, b2a) and the images as they were seen (a, b).
     """
     device = pick_device(device)
     nets, config = load_generators(run, device)
-    trained_a, trained_b = domain_folders(config)
-    a, b = a or sibling(trained_a, "train", "test"), b or sibling(trained_b, "train", "test")
-    for name, folder in (("--a", a), ("--b", b)):
+    trained, folders, results, saved = domain_folders(config), {}, {}, {}
+    for name, folder, training in zip("ab", (a, b), trained):
+        folders[name] = folder = folder or sibling(training, "train", "test")
         if not folder:
-            raise BadInput(f"{name}: no test folder beside the training folder; name one")
-        if save and (Path(save).exists() or Path(folder).resolve() in Path(save).resolve().parents):
-            raise BadInput(f"--save {save}: exists, or is in {folder}; name a new folder elsewhere")
-    results, images = {}, {"a": list_images(a), "b": list_images(b)}
-    left_out([a, b])
+            raise BadInput(f"--{name}: no test folder beside {training}; name one")
+        if save and Path(folder).resolve() in Path(save).resolve().parents:
+            raise BadInput(f"--save {save}: is in {folder}; name a folder elsewhere")
+    apart(*folders.values())
+    if save and Path(save).exists():
+        raise BadInput(f"--save {save}: exists; name a new folder")
 
-    for source, target, folder, masks in (("a", "b", a, masks_a), ("b", "a", b, masks_b)):
-        masks = masks or sibling(folder, "test", "masks")
-        if not masks:
-            say(f"{folder}: no masks, so that only the mean attention is measured")
-        figures = []
-        for path in images[source]:
-            name, image = path.relative_to(folder), load_image(path, size=config.size)
-            x = to_tensor(image).to(device)
-            t = apply_any_size(nets[f"g_{source}{target}"], x)
-            mask = load_mask(Path(masks), name, x.shape[-2:], device) if masks else None
+    for source, target, masks in (("a", "b", masks_a), ("b", "a", masks_b)):
+        folder, way, figures, attention = folders[source], f"{source}2{target}", [], []
+        paths, masks = list_images(folder), masks or sibling(folder, "test", "masks")
+        found = list_images(masks) if masks else []
+        known = {mask_name(path.relative_to(masks)): path for path in found}
+        for number, path in enumerate(paths, 1):
+            name, image = path.relative_to(folder), load_image(path, size=config.resize)
+            x = to_tensor(image)  # (3, H, W)
+            if masks and mask_name(name) not in known:
+                raise BadInput(f"{masks}: no mask for {name}")
+            mask = load_mask(known[mask_name(name)], x.shape[-2:]) if masks else None
+            try:
+                t = apply_any_size(nets[f"g_{source}{target}"], x.to(device))
+            except ArithmeticError as error:
+                raise BadInput(f"{path}: {error}", 1) from None
             figures.append(mask_figures(x, t, mask))
-            saved = {f"{source}2{target}": to_image(t.image[0] / 2 + 0.5), source: image}
-            for part, picture in saved.items() if save else ():
+            attention.append(TF.resize(t.foreground[0], [config.size, config.size]))
+            pictures = {way: to_image(t.image[0] / 2 + 0.5), source: image} if save else {}
+            for part, picture in pictures.items():
                 new = Path(save, part, name).with_suffix(".png")
-                if new.exists():
+                if new in saved:
                     raise BadInput(f"--save: two images of {folder} would both be {new}")
-                write_whole(new, functools.partial(picture.save, format="PNG"))
-        means = {k: torch.tensor([f[k] for f in figures]).nanmean().item() for k in figures[0]}
-        means = {name: None if math.isnan(mean) else mean for name, mean in means.items()}
-        results[f"{source}2{target}"] = means
+                saved[new] = picture
+            if sys.stdout.isatty():
+                say(f"\r{way} {number}/{len(paths)} ", end="")
+
+        say(f"{way}: {len(paths)} images of {folder}" + ("" if masks else ", without masks"))
+        results[way] = {"images": len(paths)}
+        for name in figures[0]:
+            values = [f[name] for f in figures if not math.isnan(f[name])]
+            results[way][name] = sum(values) / len(values) if values else None
+            if masks and len(values) < len(paths):
+                say(f"{way}: {name} of {len(values)} images")
+        variety = mask_variety(torch.stack(attention))
+        results[way]["mask_variety"] = None if math.isnan(variety) else variety
+    for path, picture in saved.items():  # after all has gone well: all or none
+        write_whole(path, functools.partial(picture.save, format="PNG"))
     return results
 
 
-# ---------- 12. The command line ----------
-
-FREE = {"a", "b", "epochs", "steps", "init", "out", "device", "workers", "compile", "graph"}
-FREE |= {"tensorboard"}  # may differ on --resume
+# ---------- 13. The command line ----------
 
 
 class Parser(argparse.ArgumentParser):
@@ -1883,11 +1996,11 @@ def add_config_options(parser):
             group = parser.add_argument_group(heading[1])
         elif option := re.fullmatch(r"    (\w+): \w+ = (\S+) +# (.*)", line):
             name, default, text = option.groups()
+            home = os.path.expanduser  # a shell leaves --out=~/x as it is
+            kind = home if types[name] is str else types[name]
+            kind = dict(type=kind, choices=CHOICES.get(name), metavar=types[name].__name__.upper())
             if types[name] is bool:
                 kind = dict(action=argparse.BooleanOptionalAction)
-            else:
-                metavar = types[name].__name__.upper()
-                kind = dict(type=types[name], choices=CHOICES.get(name), metavar=metavar)
             text = f"{text} [{default}]".replace("%", "%%")
             group.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **kind)
 
@@ -1899,81 +2012,62 @@ def make_parser() -> Parser:
     sub = commands.add_parser("train", help="train on two folders, or on the bundled drawings")
     small = " ".join(f"{flag(name)} {value}" for name, value in SMALL.items())
     released = " ".join(f"{flag(k)} {value}" for k, value in OBJECTIVES["released"].items())
-    sub.epilog = f"[defaults]: scheme2's; on the drawings, and with --small: {small}; "
-    sub.epilog += f"with --objective released: {released}"
+    sub.epilog = f"[defaults]: scheme2's; on the drawings, and with --small: {small} --l-tv "
+    sub.epilog += f"{SMALL_TV}; with --objective released: {released}"
     add_config_options(sub)
     sub.add_argument("--resume", action="store_true", help="go on from the checkpoint, if any")
     sub.add_argument("--small", action="store_true", default=None, help="the drawings' settings")
 
-    sub = commands.add_parser("translate", help="apply a trained run to images")
-    sub.add_argument("run", help="run folder")
-    sub.add_argument("inputs", nargs="+", help="images, or folders of them")
+    sub = commands.add_parser("translate", help="apply a trained run to images of any size")
+    path = dict(type=os.path.expanduser)
+    sub.add_argument("run", help="run folder", **path)
+    sub.add_argument("inputs", nargs="+", help="images, or folders of them", **path)
     sub.add_argument("--to", choices=("a", "b"), required=True, help="the domain to translate to")
-    sub.add_argument("--out", required=True, help="folder for the results")
+    sub.add_argument("--out", required=True, help="folder for the results", **path)
     sub.add_argument("--attention", action="store_true", help="save the foreground attention too")
-    side = "shorter side of what the networks see [the run's --resize]; 0: the image as it is"
+    side = "shorter side of what the networks see [that of the training]; 0: the image as it is"
     sub.add_argument("--resize", type=int, help=side)
     sub.add_argument("--device", default="auto", help="auto or a PyTorch device")
 
     sub = commands.add_parser("evaluate", help="measure a run, against true masks if any")
-    sub.add_argument("run", help="run folder")
+    sub.add_argument("run", help="run folder", **path)
     for name in ("--a", "--b", "--masks-a", "--masks-b"):
-        sub.add_argument(name, default="", help="folder; default: testA, masksA beside trainA")
-    sub.add_argument("--save", default="", help="new folder for the translations")
-    sub.add_argument("--json", dest="json_file", default="", help="file for the figures, too")
+        help = "folder; default: testA, masksA beside trainA"
+        sub.add_argument(name, default="", help=help, **path)
+    sub.add_argument("--save", default="", help="new folder for the translations", **path)
+    help = "file for the figures, too"
+    sub.add_argument("--json", dest="json_file", default="", help=help, **path)
     sub.add_argument("--device", default="auto", help="auto or a PyTorch device")
     return parser
 
 
 def run_train(resume=False, small=None, **given):
-    """The command `train`; with --resume of the saved run, where no other is asked for."""
-    config = configure(given, small)
-    checkpoint = Path(config.out, "checkpoint.pt")
-    if resume and checkpoint.exists():
-        saved = vars(load_checkpoint(checkpoint)["config"])
-        for name in ((SMALL if small else {}) | given).keys() - FREE:
-            asked, there = getattr(config, name), saved[name]
-            if asked != there:
-                line = f"{flag(name)} {asked} (there {there}): another run than {checkpoint}'s"
-                raise BadInput(line)
-        free = {name: getattr(config, name) for name in given if name in FREE}
-        if "epochs" in free:
-            free["steps"] = given.get("steps", 0)
-        config = Config(**(saved | {"out": config.out} | free))
-    if resume:
-        found = "resuming" if checkpoint.exists() else "starting anew: not there yet is"
-        say(f"{found} {checkpoint}")
-    if not config.a:
-        say(f"no --a, no --b: the bundled drawings, {config.size} px, width {config.width}")
-    train(check(config), resume)
-    say(f"done: see {config.out}/samples; {config.out} is for translate and evaluate")
+    """The command `train`."""
+    out = train(check(configure(given, small)), resume, typed=set(given))
+    say(f"finished: grids in {out}/samples; translate and evaluate take {out}")
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 def print_table(results: dict[str, dict]):
     """A column for each direction, or other key; a row for each of its figures."""
-    print(" " * 18 + "".join(f"{key:>15}" for key in results))
+    say(" " * 18 + "".join(f"{key:>15}" for key in results))
     for name in next(iter(results.values())):
-        values = (figures[name] for figures in results.values())
-        print(f"{name:18}" + "".join(f"{'-' if v is None else f'{v:.4f}':>15}" for v in values))
+        values = [figures[name] for figures in results.values()]
+        cells = ("-" if v is None else f"{v:.4f}" if isinstance(v, float) else v for v in values)
+        say(f"{name:18}" + "".join(f"{cell:>15}" for cell in cells))
 
 
 def run_evaluate(json_file, **given):
-    """The command `evaluate`: prints the figures, a column a direction; writes them to a file."""
+    """The command `evaluate`: writes the figures to a file; prints them, a column a direction."""
     path = Path(json_file)
     if json_file and path.exists() and (path.suffix != ".json" or path.is_dir()):
         raise BadInput(f"--json {path}: exists, and is no .json file")
     results = evaluate(**given)
-    print_table(results)
     if json_file:
         text = json.dumps(results, indent=2) + "\n"
         write_whole(path, lambda file: file.write(text.encode()))
-
-
-def home(value):
-    """~ in paths is the user's folder; a shell leaves --out=~/x as it is."""
-    if isinstance(value, list):
-        return [home(path) for path in value]
-    return os.path.expanduser(value) if isinstance(value, str) else value
+    print_table(results)
 
 
 def main(argv: list[str] | None = None):
@@ -1982,18 +2076,20 @@ def main(argv: list[str] | None = None):
     given = vars(parser.parse_args(argv))
     commands = {"train": run_train, "translate": translate, "evaluate": run_evaluate}
     command = commands[given.pop("command")]
-    given = {name: home(value) for name, value in given.items()}
     if RANK > 0:  # of torchrun's processes one speaks
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for odd names
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large photograph is none
     try:
         command(**given)
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
-    except (BadInput, OSError) as error:
+    except (BadInput, OSError, ArithmeticError) as error:
         parser.exit(getattr(error, "status", 2), f"{parser.prog}: {error}\n")
     except (MemoryError, RuntimeError) as error:
+        if WORLD > 1 and "peer" in str(error):
+            parser.exit(1, f"{parser.prog}: another process is lost ({brief(error)})\n")
         known = re.search("out of memory|t allocate memory", str(error))
         if not known and not isinstance(error, MemoryError):
             raise

@@ -1,7 +1,8 @@
 """Times the training step: python data/bench.py [options of train] [--small] [--json FILE]
 
 `Trainer.step` runs as it is, on random images, with full settings or (--small) the drawings'.
-Columns: in eager float32; in --precision; on CUDA as a graph, with --compile compiled too. Rows:
+Columns: in eager float32; in --precision; on CUDA as a graph, and with --compile, for comparison,
+with networks that torch.compile made (which takes minutes). Rows:
 
     ms_a_step, ms_spread   median and interquartile range; the columns take turns
     pairs_a_second         pairs of images, --batch-size a step
@@ -22,24 +23,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import aggan  # noqa: E402
 
 
-def variants(config, cuda):
-    plain = replace(config, precision="fp32", graph=False, compile=False)
+def variants(config, cuda, compiled):
+    """-> names of columns, configurations, whether to compile."""
+    plain = replace(config, precision="fp32", graph=False)
     chosen = replace(plain, precision=config.precision)
-    yield "eager float32", plain
+    yield "eager float32", plain, False
     if config.precision != "fp32" and (cuda or config.precision != "auto"):
-        yield f"eager, {config.precision}", chosen
+        yield f"eager, {config.precision}", chosen, False
     if cuda and config.graph:
-        yield "graph", replace(chosen, graph=True)
-    if cuda and config.compile:
-        yield "graph+compile" if config.graph else "compile", config
+        yield "graph", config, False
+    if compiled:
+        yield "graph+compile" if cuda and config.graph else "compile", config, True
 
 
-def start(config, images):
+def start(config, images, compiled):
     """-> a trainer past its first steps, and on CUDA the most memory that it took, in GiB."""
     if images.is_cuda:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     trainer = aggan.Trainer(config, 10**9, images.device)
+    if compiled:
+        g_ab, g_ba, d_a, d_b = trainer.nets.values()
+        for net in (g_ab, g_ba, *d_a.values(), *d_b.values()):
+            net.compile(dynamic=False)
     for _ in range(5 if images.is_cuda else 1):  # compiles, records
         trainer.step(*images)
     return trainer, (torch.cuda.max_memory_allocated() - before) / 2**30 if images.is_cuda else None
@@ -49,10 +55,11 @@ def timed(statement, **names):
     return Timer(statement, globals=names, num_threads=torch.get_num_threads()).blocked_autorange()
 
 
-def bench(config, device, rounds=5):
+def bench(config, device, compiled=False, rounds=5):
     """-> {column: {row: figure}}; None where it is not measured."""
     images = torch.rand((2, config.batch_size, 3, config.size, config.size), device=device) * 2 - 1
-    columns = {name: start(c, images) for name, c in variants(config, images.is_cuda)}
+    chosen = variants(config, images.is_cuda, compiled)
+    columns = {name: start(c, images, compiled) for name, c, compiled in chosen}
 
     with FlopCounterMode(display=False) as counter:
         columns["eager float32"][0].step(*images)
@@ -65,7 +72,6 @@ def bench(config, device, rounds=5):
     for _ in range(rounds):
         for name, (trainer, _) in columns.items():
             times[name].append(timed("trainer.step(*images)", trainer=trainer, images=images))
-            trainer.rows = []  # a step adds one
 
     results, n = {}, 8192 if images.is_cuda else 1024
     torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions may
@@ -82,16 +88,17 @@ def main(argv=None):
     parser = aggan.Parser(description=__doc__.splitlines()[0])
     aggan.add_config_options(parser)
     parser.add_argument("--small", action="store_true", help="the settings of the drawings")
+    parser.add_argument("--compile", action="store_true", help="a compiled column too")
     parser.add_argument("--json", default="", help="file for the figures, too")
     given = vars(parser.parse_args(argv))
-    file, small = given.pop("json"), given.pop("small")
+    file, small, compiled = given.pop("json"), given.pop("small"), given.pop("compile")
     try:
         config = aggan.check(aggan.configure(given, small))
-        results = bench(config, aggan.pick_device(config.device))
-        aggan.print_table(results)
+        results = bench(config, aggan.pick_device(config.device), compiled)
         text = json.dumps(results, indent=2) + "\n"
         if file:
             aggan.write_whole(Path(file), lambda out: out.write(text.encode()))
+        aggan.print_table(results)
     except aggan.BadInput as error:
         parser.exit(error.status, f"{parser.prog}: {error}\n")
 

@@ -26,19 +26,18 @@ FREE = ({side: torch.export.Dim.DYNAMIC for side in SIDES},)
 
 
 def any_size(generator: nn.Module, x: Tensor, shorter: int) -> tuple[Tensor, Tensor]:
-    """Translates at the scale of the training, and carries the change to an image of any size.
+    """Eq. (12): translates at the scale of the training, and carries the change to x.
 
     x (B, 3, H, W) in [-1, 1] -> image (B, 3, H, W), mask (B, 1, H, W). shorter: of the sides that
-    the generator sees. x keeps its own detail where the mask leaves it alone, and under the change.
+    the generator sees.
     """
     resize = functools.partial(F.interpolate, mode="bicubic", antialias=True)
     height, width = x.shape[-2:]
     least = torch.sym_min(height, width)  # min() would be decided once, in the export
     scaled = [(shorter * side // least + 2) // 4 * 4 for side in (height, width)]
-    small = resize(x, scaled)                       # (B, 3, h, w), multiples of 4
+    small = resize(x, scaled)  # (B, 3, h, w), multiples of 4
     t = generator(small)
-    change = resize(t.image - small, x.shape[-2:])  # (B, 3, H, W)
-    return x + change, resize(t.foreground, x.shape[-2:])
+    return aggan.carry(x, small, t.image), resize(t.foreground, x.shape[-2:])
 
 
 class OneWay(nn.Module):
@@ -52,7 +51,7 @@ class OneWay(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         new, mask = any_size(self.generator, image * 2 - 1, self.shorter)
-        return (new / 2 + 0.5).clamp(0, 1), mask.clamp(0, 1)  # bicubic goes beyond both ends
+        return new / 2 + 0.5, mask.clamp(0, 1)  # bicubic goes beyond both ends
 
 
 def export(run, to: str, out):
@@ -64,7 +63,7 @@ def export(run, to: str, out):
     if out.suffix not in (".onnx", ".pt2"):
         raise aggan.BadInput(f"--out {out}: must end in .onnx or .pt2")
     nets, config = aggan.load_generators(run, torch.device("cpu"))
-    one_way = OneWay(nets["g_ab" if to == "b" else "g_ba"], config.size)
+    one_way = OneWay(nets["g_ab" if to == "b" else "g_ba"], config.resize)
     one_way.eval().requires_grad_(False)
     example = (torch.rand(2, 3, 96, 128),)  # sizes of 1 would be fixed
 

@@ -7,8 +7,8 @@ where their IoU differs by more than 0.1.
     python data/measure.py family objectives pieces
     python data/measure.py photographs --a trainA --b trainB --runs runs/photographs
 
-Runs and their figures are kept in runs/measure. What is there is not done again, and what another
-process trains is left to it, so that two may work side by side, each with one thread
+Runs and their figures are kept in runs/measure; what is there is not done again. Two processes may
+work side by side, each with seeds of its own (--seeds 0 and --seeds 1 2) and with one thread
 (OMP_NUM_THREADS=1). A run takes three to four minutes. Of one's own images, which have no masks,
 the mean attention is measured, and the translations are kept beside each run for KID and FID.
 """
@@ -80,6 +80,9 @@ def measure(options, seed, runs, train=True, folders=()):
     out, scheme2 = runs / f"{name}-{seed}", aggan.SchemeTwoGenerator
     figures = out.with_suffix(".json")
     if figures.exists():
+        config = aggan.load_checkpoint(out)["config"]
+        if folders and [str(Path(folders[k]).resolve()) for k in (1, 3)] != [config.a, config.b]:
+            raise aggan.BadInput(f"{out}: a run of other images; name another folder, --runs")
         return json.loads(figures.read_text())
     if not train:
         raise aggan.BadInput(f"{figures}: not there yet")
@@ -95,7 +98,7 @@ def measure(options, seed, runs, train=True, folders=()):
         scored = str(out) + "-scored" if folders else ""
         shutil.rmtree(scored, ignore_errors=True)  # of an evaluation that was stopped
         results = aggan.evaluate(out, save=scored, device="cpu")
-    finally:  # the next row has the usual one, though another process may hold this run
+    finally:  # the next row has the usual one
         aggan.SchemeTwoGenerator = scheme2
     aggan.write_whole(figures, lambda file: file.write(json.dumps(results).encode()))
     return results
@@ -117,7 +120,7 @@ def main(argv=None):
     parser.add_argument("tables", nargs="*", default=drawings, help=f"of {', '.join(TABLES)}")
     parser.add_argument("--a", help="images of domain A to train on, not the drawings")
     parser.add_argument("--b", help="images of domain B")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
     parser.add_argument("--runs", default="runs/measure", help="folder of the runs")
     parser.add_argument("--print", action="store_true", help="what is there, and train nothing")
     given, found = parser.parse_args(argv), {}
@@ -128,7 +131,7 @@ def main(argv=None):
 
     train, runs = not given.print, Path(given.runs)
     rows = {options: None for name in given.tables for options in TABLES[name].values()}
-    for seed in range(given.seeds):
+    for seed in given.seeds:
         for options in rows:
             try:
                 found[options, seed] = measure(options, seed, runs, train, folders)
@@ -144,7 +147,7 @@ def main(argv=None):
         print(f"\n| {name} | option | seeds | {' | '.join(heads)} |")
         print("|" + "---|" * (len(columns) + 3))
         for row, options in TABLES[name].items():
-            seeds = [seed for seed in range(given.seeds) if (options, seed) in found]
+            seeds = [seed for seed in given.seeds if (options, seed) in found]
             results = [found[options, seed] for seed in seeds]
             cells = (cell(results, *column) if results else "-" for column in columns)
             option = f"`{options}`" if options.startswith("--") else ""

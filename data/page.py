@@ -210,7 +210,8 @@ def list_figures(runs) -> str:
     rows = []
     for figure in dict.fromkeys(figure for figures in columns.values() for figure in figures):
         values = [figures.get(figure) for figures in columns.values()]
-        rows.append([figure, *(f"{x:.4f}" if isinstance(x, float) else "-" for x in values)])
+        cells = (f"{x:.4f}" if isinstance(x, float) else "-" if x is None else x for x in values)
+        rows.append([figure, *cells])
     head = ["", *(f"{name}, {way}" for name, way in columns)]
     return "<h2>Measured by evaluate</h2>\n" + table(head, rows) if rows else ""
 
