@@ -187,6 +187,16 @@ class Encoder(nn.Sequential):
             *(ResidualBlock(4 * width, norm) for _ in range(blocks)),
         )
 
+    def forward(self, x: Tensor) -> Tensor:
+        check_sides(x)
+        return super().forward(x)
+
+
+def check_sides(x: Tensor):
+    """ValueError unless height and width are multiples of 4: halved twice, they must double back."""
+    if x.shape[-2] % 4 or x.shape[-1] % 4:
+        raise ValueError(f"{x.shape[-2]} x {x.shape[-1]} pixels: sides must be multiples of 4")
+
 
 class Decoder(nn.Sequential):
     """u128 u64 c7s1-k, the last without norm and activation.
@@ -536,6 +546,7 @@ class AttentionNetwork(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        check_sides(x)
         return super().forward(x).float().sigmoid()
 
 
@@ -1918,17 +1929,21 @@ def load_mask(path, size) -> Tensor:
     return TF.resize(mask[None].float(), size)[0] >= 0.5
 
 
-def evaluate(run, a="", b="", masks_a="", masks_b="", save="", device="auto") -> dict[str, dict]:
-    """Mean figures of test images, resized as those of the training: {"a2b": {...}, "b2a": {...}}.
+def evaluate(
+    run, a="", b="", masks_a="", masks_b="", save="", resize: int | None = None, device="auto"
+) -> dict[str, dict]:
+    """Mean figures of test images: {"a2b": {...}, "b2a": {...}}.
 
     Folders not given: beside the training folders, with test for train in their names; of masks,
     beside the test folders, with masks for test, if any. A mask has its image's path in the folder,
     with any extension. images: how many; the rest as in `mask_figures`, means over the images that
     have a figure (None: none has), and `mask_variety`.
     save: a new folder for the translations (a2b, b2a) and the images as they were seen (a, b).
+    resize: shorter side of what the networks see, by default that of the training.
     """
     device = pick_device(device)
     nets, config = load_generators(run, device)
+    side = config.resize if resize is None else resize
     trained, folders, results, saved = domain_folders(config), {}, {}, {}
     for name, folder, training in zip("ab", (a, b), trained):
         folders[name] = folder = folder or sibling(training, "train", "test")
@@ -1946,7 +1961,7 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", device="auto") ->
         found = list_images(masks) if masks else []
         known = {mask_name(path.relative_to(masks)): path for path in found}
         for number, path in enumerate(paths, 1):
-            name, image = path.relative_to(folder), load_image(path, size=config.resize)
+            name, image = path.relative_to(folder), load_image(path, size=side)
             x = to_tensor(image)  # (3, H, W)
             if masks and mask_name(name) not in known:
                 raise BadInput(f"{masks}: no mask for {name}")
@@ -2025,8 +2040,8 @@ def make_parser() -> Parser:
     sub.add_argument("--to", choices=("a", "b"), required=True, help="the domain to translate to")
     sub.add_argument("--out", required=True, help="folder for the results", **path)
     sub.add_argument("--attention", action="store_true", help="save the foreground attention too")
-    side = "shorter side of what the networks see [that of the training]; 0: the image as it is"
-    sub.add_argument("--resize", type=int, help=side)
+    side = dict(type=int, help="shorter side of what the networks see [the training's]; 0: any")
+    sub.add_argument("--resize", **side)
     sub.add_argument("--device", default="auto", help="auto or a PyTorch device")
 
     sub = commands.add_parser("evaluate", help="measure a run, against true masks if any")
@@ -2035,6 +2050,7 @@ def make_parser() -> Parser:
         help = "folder; default: testA, masksA beside trainA"
         sub.add_argument(name, default="", help=help, **path)
     sub.add_argument("--save", default="", help="new folder for the translations", **path)
+    sub.add_argument("--resize", **side)
     help = "file for the figures, too"
     sub.add_argument("--json", dest="json_file", default="", help=help, **path)
     sub.add_argument("--device", default="auto", help="auto or a PyTorch device")
