@@ -150,7 +150,7 @@ def up_block(in_channels, out_channels, norm="instance", upsample="nearest"):
     the papers' transposed convolution, which leaves a grid in the image. Equally many parameters.
     """
     if upsample == "nearest":
-        return nn.Sequential(
+        return DoublingBlock(
             nn.Upsample(scale_factor=2),
             conv_block(in_channels, out_channels, 3, norm=norm),
         )
@@ -159,6 +159,21 @@ def up_block(in_channels, out_channels, norm="instance", upsample="nearest"):
         NORMS[norm](out_channels),
         nn.ReLU(inplace=True),
     )
+
+
+class DoublingBlock(nn.Sequential):
+    """nn.Upsample(scale_factor=2) and a 3x3 `conv_block`, at once: 16 multiplications, not 36.
+
+    Of a doubled pixel's taps the kernel's sums are enough, a 4x4 kernel in all; with that one
+    transposed convolution does both. Shapes of `up_block`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm, relu = self[1]
+        sums = 4 * F.avg_pool2d(conv.weight.flip(2, 3), 2, stride=1, padding=1)  # (out, in, 4, 4)
+        x = F.pad(x, (1, 1, 1, 1), mode="replicate")  # once doubled, the same as reflection
+        x = F.conv_transpose2d(x, sums.transpose(0, 1), conv.bias, stride=2, padding=3)
+        return relu(norm(x))
 
 
 class ResidualBlock(nn.Module):
