@@ -139,7 +139,7 @@ def conv_block(in_channels, out_channels, kernel, stride=1, norm="instance"):
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel, stride, **padding),
         NORMS[norm](out_channels),
-        nn.ReLU(inplace=True),
+        nn.ReLU(),
     )
 
 
@@ -157,7 +157,7 @@ def up_block(in_channels, out_channels, norm="instance", upsample="nearest"):
     return nn.Sequential(
         nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1),
         NORMS[norm](out_channels),
-        nn.ReLU(inplace=True),
+        nn.ReLU(),
     )
 
 
@@ -301,7 +301,7 @@ def leaky_block(in_channels, out_channels, stride, norm="instance"):
     layers = [nn.Conv2d(in_channels, out_channels, 4, stride, padding=1)]
     if norm is not None:
         layers.append(NORMS[norm](out_channels))
-    return nn.Sequential(*layers, nn.LeakyReLU(0.2, inplace=True))
+    return nn.Sequential(*layers, nn.LeakyReLU(0.2))
 
 
 class PatchDiscriminator(nn.Module):
