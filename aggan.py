@@ -208,7 +208,7 @@ class Encoder(nn.Sequential):
 
 
 def check_sides(x: Tensor):
-    """ValueError unless height and width are multiples of 4: halved twice, they must double back."""
+    """ValueError unless they are multiples of 4: halved twice, they must double back."""
     if x.shape[-2] % 4 or x.shape[-1] % 4:
         raise ValueError(f"{x.shape[-2]} x {x.shape[-1]} pixels: sides must be multiples of 4")
 
@@ -808,7 +808,7 @@ def configure(given: dict, small=None) -> Config:
 
 
 def check(config: Config) -> Config:
-    """The same configuration; BadInput for the first option whose value cannot be used."""
+    """The same configuration; BadInput names the first option whose value cannot be used."""
     c = config
     for name, value in vars(c).items():
         if not isinstance(value, str) and not LEAST.get(name, 0) <= value < math.inf:
@@ -820,14 +820,11 @@ def check(config: Config) -> Config:
     if c.a:
         apart(c.a, c.b)
     if c.size % 4 or not c.size <= c.resize <= 2**15:
-        where = f"a multiple of 4, and at most --resize {c.resize}, which is at most {2**15}"
-        raise BadInput(f"--size {c.size}: must be {where}")
+        raise BadInput(f"--size {c.size}: a multiple of 4, at most --resize, which is {c.resize}")
     if not c.l_gan and not c.l_paired:
         raise BadInput("--l-gan 0 --l-paired 0: leaves no discriminator")
     if c.model == "cyclegan" and (c.l_paired or c.l_tv or c.tau):
-        raise BadInput(
-            "--model cyclegan: has no mask for --objective final, --l-paired, --l-tv, --tau"
-        )
+        raise BadInput("--model cyclegan: no mask for --objective final, --l-paired, --l-tv, --tau")
     if c.model == "guided" and (c.tau or not c.l_gan or c.head != "patch"):
         raise BadInput("--model guided: needs --l-gan, --tau 0 and --head patch")
     return config
@@ -1174,11 +1171,8 @@ def load_checkpoint(run) -> dict:
             if archive.testzip():  # torch.load looks at no checksum
                 raise ValueError("damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT:
-            raise ValueError(f"of format {state['format']}, this program's is {FORMAT}")
-        state["step"], state["total"] = int(state["step"]), int(state["total"])
-        if not 0 <= state["step"] <= state["total"]:
-            raise ValueError(f"step {state['step']} of {state['total']}")
+        if state["format"] != FORMAT or not 0 <= int(state["step"]) <= int(state["total"]):
+            raise ValueError(f"format {state['format']}, here {FORMAT}; step {state['step']}")
         saved, fields = state["config"], dataclasses.fields(Config)
         values = (field.type(saved.get(field.name, field.default)) for field in fields)
         state["config"] = check(Config(*values))
@@ -1211,8 +1205,8 @@ def resumed(config: Config, saved: Config, typed: set) -> Config:
     asked, there = vars(config), vars(saved)
     for name in sorted(typed - FREE):
         if asked[name] != there[name]:
-            what = f"{flag(name)} {asked[name]} (there {there[name]})"
-            raise BadInput(f"{what}: another run than the one in {config.out}")
+            line = f"{flag(name)} {asked[name]} (there {there[name]})"
+            raise BadInput(f"{line}: another run than the one in {config.out}")
     length = {"steps"} if "epochs" in typed else set()  # 0, unless typed too
     return Config(**(there | {name: asked[name] for name in typed & FREE | length | {"out"}}))
 
@@ -1224,8 +1218,8 @@ def start(config: Config, state: dict | None, data: "UnpairedImages", device) ->
     if state and (state["config"].steps, state["config"].epochs) == (config.steps, config.epochs):
         total = state["total"]  # though the folders may have changed
     if state and state["step"] > total:
-        line = f"{total} steps, of which {state['step']} are done; name more"
-        raise BadInput(f"--epochs, --steps: {line}")
+        done = f"{total} steps, of which {state['step']} are done"
+        raise BadInput(f"--epochs, --steps: {done}; name more")
     counts = {domain: len(paths) for domain, paths in data.paths.items()}
     if state and state.get("counts", counts) != counts:
         warn(f"{config.out} was saved with {state['counts']} images, here are {counts}")
