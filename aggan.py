@@ -119,7 +119,7 @@ def carry(x: Tensor, small: Tensor, changed: Tensor) -> Tensor:
     one scale only; what a mask leaves alone there keeps every pixel of x.
     """
     change = F.interpolate(changed - small, size=x.shape[-2:], mode="bicubic", antialias=True)
-    return (x + change).clamp(-1, 1)
+    return change.add_(x).clamp_(-1, 1)  # in place: photographs are large
 
 
 # ---------- 2. Building blocks ----------
@@ -1677,7 +1677,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def to_image(x: Tensor) -> Image.Image:
     """(3 or 1, H, W) in [0, 1] -> RGB or grey; rounded, so that a copied pixel keeps its value."""
-    return TF.to_pil_image((255 * x).round().clamp(0, 255).byte().cpu())
+    return TF.to_pil_image((255 * x).round_().clamp_(0, 255).byte().cpu())
 
 
 class UnpairedImages:
@@ -1801,8 +1801,9 @@ def translate_image(generator: nn.Module, image: Image.Image, side: int, device)
 
     side: of the image as the generator sees it, the shorter one; 0: as it is.
     """
-    colours = image.convert("RGB")
-    seen = on_white(image) if image.mode == "RGBA" else colours
+    transparent = image.mode == "RGBA"
+    colours = image.convert("RGB") if transparent else image
+    seen = on_white(image) if transparent else colours
     if side:
         seen = resized(seen, side, longest=16 * side)
     small = to_tensor(seen)
@@ -1812,11 +1813,11 @@ def translate_image(generator: nn.Module, image: Image.Image, side: int, device)
     if seen != colours:  # one channel at a time: a third of the memory
         bands = []
         for n, band in enumerate(colours.split()):
-            changed = carry(to_tensor(band)[None], small[None, n : n + 1], t.image[:, n : n + 1])
-            bands.append(to_image(changed[0] / 2 + 0.5))
+            new = carry(to_tensor(band)[None], small[None, n : n + 1], t.image[:, n : n + 1])
+            bands.append(to_image(new[0].add_(1).div_(2)))
         new = Image.merge("RGB", bands)
         mask = mask.resize(image.size, Image.Resampling.BICUBIC)
-    if image.mode == "RGBA":
+    if transparent:
         new.putalpha(image.getchannel("A"))
     return new, mask
 

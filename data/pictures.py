@@ -4,6 +4,7 @@
     family.png     the same inputs through every model
     attention.png  where scheme II looks, from before its first step to after its last
     chart.png      its mean attention and its r over the steps, from log.csv
+    large.png      scenes of 512 pixels through the default model: input, mask, translation
     textured.png   as strip.png, of the scenes that draw.py --textured draws
 
 They show runs of the mini set in runs/pictures, one a model. What is missing there is trained
@@ -91,6 +92,17 @@ def strip(picture):
     return table(rows, above=page.PANELS * 2)
 
 
+def large(run, seeds=("testA7", "testB3"), size=512):
+    """A scene of each domain, larger than what the run was trained on: input, mask, translation."""
+    device, rows = aggan.pick_device("cpu"), []
+    nets, config = aggan.load_generators(run, device)
+    for generator, seed in zip(("g_ab", "g_ba"), seeds):
+        image, _ = drawings.draw_scene(seed, striped=generator == "g_ba", size=size)
+        new, mask = aggan.translate_image(nets[generator], image, config.resize, device)
+        rows.append([image, mask, new])
+    return table(rows, above=("input", "mask", "translation"))
+
+
 def draw(runs, folder, steps=STEPS):
     """runs: name of a model -> its run folder, the default first. Writes the pictures."""
     last = {name: grid(run, steps[-1]) for name, run in runs.items()}
@@ -98,6 +110,7 @@ def draw(runs, folder, steps=STEPS):
     log = page.read_log(Path(runs[default], "log.csv"))
     page.chart({default: log}, CURVES, size=(6.5, 2.3)).savefig(Path(folder, "chart.png"))
     strip(last[default]).save(Path(folder, "strip.png"))
+    large(runs[default]).save(Path(folder, "large.png"))
     columns = 0, 1, 3, 4, 5, 7  # all but the contents
     rows = [tiles(picture, 2, columns, scale=2) for picture in last.values()]
     above = [page.PANELS[k % 4] for k in columns]
