@@ -911,8 +911,9 @@ class Trainer:
         self.phase = None
 
         # precision and speed
-        self.dtype = pick_precision(config, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.dtype = dtype = pick_precision(config, device)
+        self.autocast = functools.partial(torch.autocast, device.type, dtype, enabled=bool(dtype))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         torch.backends.cudnn.benchmark = True  # all batches have one shape
         self.recorded = []
         if device.type == "cuda" and config.graph:
@@ -933,8 +934,7 @@ class Trainer:
         -> scalars: the losses, the mean attention, r; they stay on the device.
         """
         pinned = self.device.type == "cuda"  # elsewhere it would not be safe
-        real_a = real_a.to(self.device, non_blocking=pinned)
-        real_b = real_b.to(self.device, non_blocking=pinned)
+        real_a, real_b = (x.to(self.device, non_blocking=pinned) for x in (real_a, real_b))
         r = self.begin()  # (2,): of A -> B, of B -> A
 
         # generators: gradients of both directions, one update
@@ -982,20 +982,16 @@ class Trainer:
         fake_a, mask_b = to_a.image.detach(), to_a.foreground.detach()
         return fake_a, fake_b, mask_a, mask_b, ab, ba
 
-    def discriminator_gradients(
-        self, real_a, mask_a, real_b, mask_b, fake_a, mask_of_fake_a, fake_b, mask_of_fake_b
-    ):
-        """Eqs. (4), (5), backwards, of images and their masks -> terms of A's, of B's."""
+    def discriminator_gradients(self, real_a, mask_a, real_b, mask_b, *fakes):
+        """Eqs. (4), (5), backwards -> terms of A's, of B's. fakes: of A and its mask, of B, its."""
         _, _, d_a, d_b = self.nets.values()
-        a, b = (real_a, mask_a), (real_b, mask_b)
+        a, b, fake_a, fake_b = (real_a, mask_a), (real_b, mask_b), fakes[:2], fakes[2:]
         self.opt_d.zero_grad()
         with self.autocast():
-            fake = fake_b, mask_of_fake_b
-            loss, terms_b = discriminator_objective(d_b, b, fake, a, self.config)
+            loss, terms_b = discriminator_objective(d_b, b, fake_b, a, self.config)
         self.scaler.scale(loss).backward(inputs=self.d_parameters)
         with self.autocast():
-            fake = fake_a, mask_of_fake_a
-            loss, terms_a = discriminator_objective(d_a, a, fake, b, self.config)
+            loss, terms_a = discriminator_objective(d_a, a, fake_a, b, self.config)
         self.scaler.scale(loss).backward(inputs=self.d_parameters)
         return terms_a, terms_b
 
@@ -1008,9 +1004,6 @@ class Trainer:
                 gradient.copy_(new.view_as(gradient))
         optimizer.param_groups[0]["lr"] = learning_rate(self.config, self.done / self.total)
         self.scaler.step(optimizer)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def begin(self) -> Tensor:
         """Tells the networks how far the run is -> r of this step, Eq. (10): (2,)."""
@@ -1051,12 +1044,10 @@ class Trainer:
             if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
                 raise ValueError("Adam's means of another shape")  # Adam does not look
 
-        size = self.config.size
+        shapes = [(channels, self.config.size, self.config.size) for channels in (3, 1)]
         for pool, items in zip((self.pool_a, self.pool_b), state["pools"], strict=True):
+            items = [(image.reshape(shapes[0]), mask.reshape(shapes[1])) for image, mask in items]
             pool.items = [(image.to(self.device), mask.to(self.device)) for image, mask in items]
-            for image, mask in pool.items:
-                if image.shape != (3, size, size) or mask.shape != (1, size, size):
-                    raise ValueError("a pool of images of another size")
         if RANK == 0:
             torch.set_rng_state(state["random"])
 
@@ -1065,9 +1056,8 @@ class Recorded:
     """A function of CUDA tensors: the fourth call records it as a CUDA graph.
 
     From then on it is replayed, one launch in place of thousands; what a replay returns, the next
-    overwrites. Where recording fails, or the first replay has other results or gradients than an
-    eager call, one line says so, and the function is called as it is.
-    parameters: what it makes gradients of. buffers: tensors that it changes in place.
+    overwrites. Where recording fails, or a replay has other results or gradients (of `parameters`)
+    than the function, it goes on as it is. buffers: tensors that the function changes in place.
     """
 
     def __init__(self, function, parameters, buffers):
@@ -1075,7 +1065,6 @@ class Recorded:
         self.forget()
 
     def forget(self):
-        """The fourth call from now on is recorded."""
         self.calls, self.graph, self.inputs, self.outputs = 0, None, None, None
 
     def __call__(self, *inputs):
