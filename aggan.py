@@ -1134,17 +1134,16 @@ FAILED = 128  # a process's word for it, beside the numbers of signals
 
 def from_first(function, *arguments):
     """function(*arguments), in the first process alone -> its result, in all; or its exception."""
-    result = [None]
-    if RANK == 0:
-        try:
-            result = [function(*arguments)]
-        except Exception as error:
-            result = [error]
-    if WORLD > 1:
-        if not dist.is_initialized():
-            nccl = torch.cuda.is_available() and dist.is_nccl_available()  # Windows has none
-            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
-        dist.broadcast_object_list(result)
+    if WORLD == 1:
+        return function(*arguments)
+    if not dist.is_initialized():
+        nccl = torch.cuda.is_available() and dist.is_nccl_available()  # Windows has none
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+    try:
+        result = [function(*arguments) if RANK == 0 else None]
+    except Exception as error:
+        result = [error]
+    dist.broadcast_object_list(result)
     if isinstance(result[0], Exception):
         raise result[0] if RANK == 0 else SystemExit(2)  # one says why
     return result[0]
@@ -1160,8 +1159,10 @@ def load_checkpoint(run) -> dict:
             if archive.testzip():  # torch.load looks at no checksum
                 raise ValueError("damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT or not 0 <= int(state["step"]) <= int(state["total"]):
-            raise ValueError(f"format {state['format']}, here {FORMAT}; step {state['step']}")
+        if state["format"] != FORMAT:
+            raise ValueError(f"of format {state['format']}, this program's is {FORMAT}")
+        if not 0 <= int(state["step"]) <= int(state["total"]):
+            raise ValueError(f"step {state['step']} of {state['total']}")
         saved, fields = state["config"], dataclasses.fields(Config)
         values = (field.type(saved.get(field.name, field.default)) for field in fields)
         state["config"] = check(Config(*values))
@@ -1174,8 +1175,8 @@ def unusable(path, error) -> BadInput:
     return BadInput(f"{path}: not a checkpoint that this can use ({brief(error)})")
 
 
-def saved_state(config: Config, resume: bool) -> dict | None:
-    """That of the run to go on with, if any. BadInput where --out is no place for a run."""
+def find_run(config: Config, resume: bool, typed: set | None) -> tuple[Config, dict | None]:
+    """The run's configuration and state (None: a new one); a saved one's, but for FREE as typed."""
     out, file = Path(config.out), Path(config.out, "checkpoint.pt")
     if out.is_file():
         raise BadInput(f"--out {out}: is a file; name a folder")
@@ -1186,43 +1187,52 @@ def saved_state(config: Config, resume: bool) -> dict | None:
             raise BadInput(f"--out {out}: is in {folder}, whose images its samples would be")
     if resume:
         say(f"resuming {file}" if file.exists() else f"starting anew: not there yet is {file}")
-    return load_checkpoint(file) if resume and file.exists() else None
+    if not resume or not file.exists():
+        return config, None
 
-
-def resumed(config: Config, saved: Config, typed: set) -> Config:
-    """The saved run's configuration, but for what was typed of FREE. BadInput for what else was."""
-    asked, there = vars(config), vars(saved)
+    state = load_checkpoint(file)
+    if typed is None:
+        return config, state
+    asked, saved = vars(config), vars(state["config"])
     for name in sorted(typed - FREE):
-        if asked[name] != there[name]:
-            line = f"{flag(name)} {asked[name]} (there {there[name]})"
-            raise BadInput(f"{line}: another run than the one in {config.out}")
-    length = {"steps"} if "epochs" in typed else set()  # 0, unless typed too
-    return Config(**(there | {name: asked[name] for name in typed & FREE | length | {"out"}}))
+        if asked[name] != saved[name]:
+            line = f"{flag(name)} {asked[name]} (there {saved[name]})"
+            raise BadInput(f"{line}: another run than the one in {out}")
+    anew = typed & FREE | {"out"} | ({"steps"} if "epochs" in typed else set())
+    return Config(**(saved | {name: asked[name] for name in anew})), state
 
 
 def start(config: Config, state: dict | None, data: "UnpairedImages", device) -> Trainer:
     """The run as saved, or a new one, from another's networks (--init) if asked for. BadInput."""
+    counts = {domain: len(paths) for domain, paths in data.paths.items()}
     per_epoch = max(1, len(data) // (config.batch_size * WORLD))
     total = config.steps or config.epochs * per_epoch
-    if state and (state["config"].steps, state["config"].epochs) == (config.steps, config.epochs):
-        total = state["total"]  # though the folders may have changed
-    if state and state["step"] > total:
-        done = f"{total} steps, of which {state['step']} are done"
-        raise BadInput(f"--epochs, --steps: {done}; name more")
-    counts = {domain: len(paths) for domain, paths in data.paths.items()}
-    if state and state.get("counts", counts) != counts:
-        warn(f"{config.out} was saved with {state['counts']} images, here are {counts}")
+    if state:
+        saved, done = state["config"], state["step"]
+        if (saved.steps, saved.epochs) == (config.steps, config.epochs):
+            total = state["total"]  # though the folders may have changed
+        if done > total:
+            raise BadInput(f"--epochs, --steps: {total} steps, of which {done} are done; name more")
+        if state.get("counts", counts) != counts:
+            warn(f"{config.out} was saved with {state['counts']} images, here are {counts}")
 
-    trainer, source = Trainer(config, total, device), config.out if state else config.init
+    trainer = Trainer(config, total, device)
     trainer.counts, trainer.per_epoch = counts, per_epoch
     try:
         if state:
             trainer.load_state_dict(state)
         elif config.init:
-            state = from_first(load_checkpoint, config.init)
-            trainer.nets.load_state_dict(state["parts"]["nets"])
+            other = from_first(load_checkpoint, config.init)
+            trainer.nets.load_state_dict(other["parts"]["nets"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise unusable(source, error) from None
+        raise unusable(config.out if state else config.init, error) from None
+
+    networks = f"{config.size} px, width {config.width}, {config.blocks} blocks"
+    precision = str(trainer.dtype or torch.float32).removeprefix("torch.")
+    say(f"{config.model}: {networks}; on {WORLD} x {device.type}, {precision}")
+    images = "{a} images of A, {b} of B".format(**counts)
+    images += "" if config.a else ", the bundled drawings"
+    say(f"{images}; {total} steps, {total / per_epoch:.3g} epochs")
     return trainer
 
 
@@ -1250,11 +1260,11 @@ def batches(data, turns, size: int, threads: int, pin: bool):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Within, SIGINT, SIGTERM and SIGHUP are noted, in the list given; a second one kills.
+    """Within, SIGINT, SIGTERM, SIGHUP are noted in the list given, unless ignored, as under nohup.
 
-    Not under torchrun, which repeats them. One that was ignored, as under nohup, stays so.
+    A second one kills, but not under torchrun, which repeats them.
     """
-    seen, before = [], {}
+    seen = []
 
     def note(number, _frame):
         if WORLD == 1:
@@ -1266,9 +1276,9 @@ def stop_signals():
         seen.append(number)
 
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    for number in numbers if threading.current_thread() is threading.main_thread() else ():
-        if signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, note)
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        numbers = ()
+    before = {n: signal.signal(n, note) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield seen
     finally:
@@ -1277,16 +1287,14 @@ def stop_signals():
 
 
 def mean_figures(trainer: Trainer) -> dict[str, float]:
-    """Of the steps since the last row of the log, and of all processes.
-
-    BadInput, in all of them, where one of these means, or a weight, is not finite.
-    """
-    names, weights = zip(*trainer.nets.named_parameters())
-    finite = torch.stack([weight.isfinite().all() for weight in weights]).tolist()  # waits once
-    wrong, means = [name for name, fine in zip(names, finite) if not fine], {}
+    """Of all steps since the last row, and processes. BadInput: one, or a weight, is not finite."""
+    means = {}
     if trainer.rows:
         means = dict(zip(trainer.names, average(torch.stack(trainer.rows).mean(0)).tolist()))
-        wrong = [name for name, mean in means.items() if not math.isfinite(mean)] + wrong
+    names, weights = zip(*trainer.nets.named_parameters())
+    finite = torch.stack([weight.isfinite().all() for weight in weights]).tolist()  # waits once
+    wrong = [name for name, mean in means.items() if not math.isfinite(mean)]
+    wrong += [name for name, fine in zip(names, finite) if not fine]
     if wrong:
         cure = "try a new run with a lower --lr, or --precision fp32"
         raise BadInput(f"step {trainer.done}: {wrong[0]} is not finite; not saved; {cure}", 1)
@@ -1304,57 +1312,44 @@ class Report:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                line = "--tensorboard needs one more package: pip install tensorboard"
-                raise BadInput(line) from None
+                raise BadInput("--tensorboard needs a package: pip install tensorboard") from None
             folder = Path(trainer.config.out, "tensorboard")  # of a killed run later steps go
             self.board = SummaryWriter(str(folder), purge_step=trainer.done + 1)
 
-    def opening(self):
-        """What is trained, on what."""
-        trainer, c = self.trainer, self.trainer.config
-        dtype, (a, b) = trainer.dtype or torch.float32, trainer.counts.values()
-        where = f"{WORLD} x {trainer.device.type}, {str(dtype).removeprefix('torch.')}"
-        say(f"{c.model}: {c.size} px, width {c.width}, {c.blocks} blocks; on {where}")
-        images = f"{a} images of A, {b} of B" + ("" if c.a else ", the bundled drawings")
-        say(f"{images}; {trainer.total} steps, {trainer.total / trainer.per_epoch:.3g} epochs")
-
     def after_step(self, figures: dict[str, Tensor]):
-        """Takes in a step's figures. A row of the log has the means of those since the last."""
+        """Takes in a step's figures; every so often, a row of the log, a line on the screen."""
         trainer, config, now = self.trainer, self.trainer.config, time.monotonic()
         trainer.names = list(figures)
         trainer.rows.append(torch.stack(list(figures.values())))
-        steps, seconds = trainer.done - self.first, (now - self.clock) / (trainer.done - self.since)
-        row = trainer.done % config.log_every == 0 or trainer.done == trainer.total
+        done, total, steps = trainer.done, trainer.total, trainer.done - self.first
+        seconds = (now - self.clock) / (done - self.since)
+        row = done % config.log_every == 0 or done == total
         if row:
             figures, trainer.rows = mean_figures(trainer), []
             if RANK == 0:
-                self.log(figures, seconds)
-        if row or steps in (1, 10):
-            self.show(figures, seconds)
-            self.since, self.clock = trainer.done, now
-        elif sys.stdout.isatty() and now - self.shown >= 1:
-            self.show(figures, seconds, end="")
-        if steps == 1 and trainer.device.type == "cpu" and seconds * trainer.total > 6 * 3600:
+                self.log(figures, config.batch_size * WORLD / seconds)
+
+        # in a terminal one line, kept in place, between those that stay
+        stays, terminal = row or steps in (1, 10), sys.stdout.isatty()
+        if stays or terminal and now - self.shown >= 1:
+            pace = f"{seconds:.2g} s a step" if seconds >= 1 else f"{1 / seconds:.3g} steps/s"
+            line = f"step {done}/{total}  {pace}  {duration((total - done) * seconds)} left"
+            line += f"  attention {figures['attention_ab']:.3f} {figures['attention_ba']:.3f}"
+            if "r_ab" in figures:
+                line += f"  r {figures['r_ab']:.3f} {figures['r_ba']:.3f}"
+            say(f"\r{line:<100}" if terminal else line, end="\n" if stays else "")
+            self.shown = now
+        if stays:
+            self.since, self.clock = done, now
+        if steps == 1 and trainer.device.type == "cpu" and seconds * total > 6 * 3600:
             say("that is long on a CPU: --small takes minutes, for a first look")
 
-    def show(self, figures, seconds, end="\n"):
-        """A line on the screen, what to watch first; without an `end` the next one replaces it."""
-        done, total = self.trainer.done, self.trainer.total
-        pace = f"{seconds:.2g} s a step" if seconds >= 1 else f"{1 / seconds:.3g} steps/s"
-        line = f"step {done}/{total}  {pace}  {duration((total - done) * seconds)} left"
-        line += f"  attention {figures['attention_ab']:.3f} {figures['attention_ba']:.3f}"
-        if "r_ab" in figures:
-            line += f"  r {figures['r_ab']:.3f} {figures['r_ba']:.3f}"
-        say(f"\r{line:<100}" if sys.stdout.isatty() else line, end)
-        self.shown = time.monotonic()
-
-    def log(self, means: dict[str, float], seconds: float):
+    def log(self, means: dict[str, float], pairs_per_second: float):
         """A row of log.csv, which waits for the next one where it cannot be written."""
         trainer, path = self.trainer, Path(self.trainer.config.out, "log.csv")
         row = {"step": trainer.done, "epoch": (trainer.done - 1) // trainer.per_epoch + 1}
-        row["pairs_per_second"] = trainer.config.batch_size * WORLD / seconds
-        row["rate"] = learning_rate(trainer.config, (trainer.done - 1) / trainer.total)
-        row |= means
+        rate = learning_rate(trainer.config, (trainer.done - 1) / trainer.total)
+        row |= {"pairs_per_second": pairs_per_second, "rate": rate} | means
         trainer.log.append(",".join(f"{v:.6g}" if v % 1 else f"{v:.0f}" for v in row.values()))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -1369,8 +1364,7 @@ class Report:
             warn(f"{path}: cannot be written, kept for the next row ({brief(error)})")
 
         for name, value in means.items() if self.board else ():
-            groups = {"a": "masks", "r": "masks", "d": "discriminators"}
-            group = groups.get(name[0], "generators")
+            group = {"a": "masks", "r": "masks", "d": "discriminators"}.get(name[0], "generators")
             self.board.add_scalar(f"{group}/{name}", value, trainer.done)
         for name in ("attention_ab", "attention_ba"):
             if trainer.config.model not in UNFUSED and not 0.03 <= means[name] <= 0.97:
@@ -1386,9 +1380,8 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     if minutes < 100:
         return f"{minutes} min"
-    if minutes < 2880:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def panels(generator: nn.Module, x: Tensor) -> Tensor:
@@ -1413,11 +1406,8 @@ def save_samples(path: Path, nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor
 
 
 def save(trainer: Trainer, shown, board=None, last=True):
-    """The checkpoint, then a sample grid of the images `shown`, by the first process.
-
-    BadInput where a figure is not finite or, the last time, where a file cannot be written.
-    """
-    mean_figures(trainer)
+    """Checkpoint, then a grid of the images `shown`. BadInput; before the last time a warning."""
+    mean_figures(trainer)  # BadInput where one is not finite
     for buffer in trainer.nets.buffers():
         if buffer.is_floating_point():  # running statistics of batch norms
             average(buffer)
@@ -1438,14 +1428,11 @@ def save(trainer: Trainer, shown, board=None, last=True):
 def train(config: Config, resume: bool = False, typed: set | None = None) -> Path:
     """Trains; leaves checkpoint.pt, log.csv and samples/*.png in the run folder, and returns it.
 
-    resume: goes on from the checkpoint there, if any, and, where it is said which options were
-    typed, as the run that was saved but for these. SIGINT, SIGTERM and SIGHUP finish the step and
-    save, then BadInput of status 128 + their number. A failure to load images saves too, and is
-    raised then. BadInput where the folder is not empty.
+    resume: goes on from the checkpoint there, if any, as that run but for the options `typed`, if
+    given; without, BadInput where the folder is not empty. SIGINT, SIGTERM, SIGHUP, or a failure to
+    load images, finish the step and save; then BadInput of status 128 + the number, or the failure.
     """
-    state = from_first(saved_state, config, resume)
-    if state and typed is not None:
-        config = resumed(config, state["config"], typed)
+    config, state = from_first(find_run, config, resume, typed)
     device = pick_device(check(config).device)
     data = UnpairedImages(*domain_folders(config), config.size, config.resize, config.seed)
     trainer = start(config, state, data, device)
@@ -1454,10 +1441,8 @@ def train(config: Config, resume: bool = False, typed: set | None = None) -> Pat
     # batches, from where the run is; every process takes its turn
     turns = range(trainer.done * WORLD + RANK, trainer.total * WORLD, WORLD)
     loading = batches(data, turns, config.batch_size, config.workers, device.type == "cuda")
-    failure, report = None, Report(trainer)
-    report.opening()
+    failure, stop, report = None, 0, Report(trainer)
     with contextlib.closing(loading), stop_signals() as signals:
-        stop = torch.tensor(0)
         while trainer.done < trainer.total:
             try:
                 batch = next(loading)
