@@ -65,7 +65,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -752,12 +752,10 @@ class Config:
     tensorboard: bool = False  # curves and grids for TensorBoard too, in the run folder
 
 
-OBJECTIVES = {
-    "final": {},
-    "released": dict(l_gan=1.0, l_paired=0.0, l_identity=5.0, l_pixel=0.0, l_tv=0.0, lr=2e-4),
-}
+RELEASED = dict(l_gan=1.0, l_paired=0.0, l_identity=5.0, l_pixel=0.0, l_tv=0.0, lr=2e-4)
+OBJECTIVES = {"final": {}, "released": RELEASED}
 # A further method: a class in section 3 or 7, with all networks that its losses need; an entry
-# here, what it must have whatever the objective; a branch of build_generator.
+# here, what it must have whatever the objective; a line of build_generator.
 NO_CURRICULUM = dict(objective="released", curriculum="none", l_copy=0.0)
 PRESETS = {
     "scheme1": {},
@@ -797,10 +795,10 @@ def configure(given: dict, small=None) -> Config:
     """Options given -> the configuration. small: with SMALL; None: where no folders are given."""
     model, bundled = given.get("model", "scheme2"), not given.get("a")
     settings = OBJECTIVES[(PRESETS[model] | given).get("objective", "final")] | PRESETS[model]
-    settings["out"] = f"runs/{model}"
-    if small or small is None and bundled:
+    small = bundled if small is None else small
+    if small:
         settings = dict(l_tv=SMALL_TV) | settings | SMALL
-        settings["out"] = f"runs/mini-{model}" if bundled else f"runs/{model}"
+    settings["out"] = f"runs/mini-{model}" if small and bundled else f"runs/{model}"
     if "epochs" in given:
         settings["steps"] = 0
     folders = {name: str(Path(given[name]).resolve()) for name in "ab" if given.get(name)}
@@ -811,47 +809,38 @@ def check(config: Config) -> Config:
     """The same configuration; BadInput names the first option whose value cannot be used."""
     c = config
     for name, value in vars(c).items():
-        if not isinstance(value, str) and not LEAST.get(name, 0) <= value < math.inf:
-            raise BadInput(f"{flag(name)} {value}: must be at least {LEAST.get(name, 0)}")
-        if value not in CHOICES.get(name, (value,)):
-            raise BadInput(f"{flag(name)} {value}: must be one of {', '.join(CHOICES[name])}")
+        least, choices = LEAST.get(name, 0), CHOICES.get(name)
+        if not isinstance(value, str) and not least <= value < math.inf:
+            raise BadInput(f"{flag(name)} {value}: must be at least {least}")
+        if choices and value not in choices:
+            raise BadInput(f"{flag(name)} {value}: must be one of {', '.join(choices)}")
     if bool(c.a) != bool(c.b):
         raise BadInput("--a and --b go together: one folder for each domain")
-    if c.a:
-        apart(c.a, c.b)
+    a, b = Path(c.a).resolve(), Path(c.b).resolve()
+    if c.a and (a == b or a in b.parents or b in a.parents):
+        raise BadInput(f"--a {a} --b {b}: one folder for each domain, neither in the other")
     if c.size % 4 or not c.size <= c.resize <= 2**15:
-        raise BadInput(f"--size {c.size}: a multiple of 4, at most --resize, which is {c.resize}")
+        raise BadInput(f"--size {c.size}: must be a multiple of 4, and at most --resize {c.resize}")
     if not c.l_gan and not c.l_paired:
         raise BadInput("--l-gan 0 --l-paired 0: leaves no discriminator")
     if c.model == "cyclegan" and (c.l_paired or c.l_tv or c.tau):
-        raise BadInput("--model cyclegan: no mask for --objective final, --l-paired, --l-tv, --tau")
+        raise BadInput("--model cyclegan: has no mask, needs --l-paired 0, --l-tv 0 and --tau 0")
     if c.model == "guided" and (c.tau or not c.l_gan or c.head != "patch"):
         raise BadInput("--model guided: needs --l-gan, --tau 0 and --head patch")
     return config
 
 
-def apart(a, b):
-    """BadInput where images of one folder are the other's too."""
-    a, b = Path(a).resolve(), Path(b).resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise BadInput(f"--a {a} --b {b}: one folder for each domain, neither in the other")
-
-
 def build_generator(config: Config, guide) -> nn.Module:
     """The generator of config.model; guide: for guided, the discriminator of its input's domain."""
-    size = config.width, config.blocks
-    blocks = dict(norm=config.norm, upsample=config.upsample)
-    if config.model == "scheme1":
-        return SchemeOneGenerator(*size, **blocks)
-    if config.model == "scheme2":
-        return SchemeTwoGenerator(*size, config.masks, **blocks)
-    if config.model == "cyclegan":
-        return CycleGANGenerator(*size, **blocks)
-    if config.model == "mejjati":
-        return GatedGenerator(*size, **blocks, switch=config.switch if config.tau else 1.0)
-    if config.model == "guided":
-        return GuidedGenerator(guide, *size, **blocks)
-    raise ValueError(f"no generator of --model {config.model}")
+    c = config
+    generator, more = {
+        "scheme1": (SchemeOneGenerator, {}),
+        "scheme2": (SchemeTwoGenerator, {"masks": c.masks}),
+        "cyclegan": (CycleGANGenerator, {}),
+        "mejjati": (GatedGenerator, {"switch": c.switch if c.tau else 1.0}),
+        "guided": (GuidedGenerator, {"guide": guide}),
+    }[c.model]
+    return generator(width=c.width, blocks=c.blocks, norm=c.norm, upsample=c.upsample, **more)
 
 
 def build_discriminators(config: Config) -> nn.ModuleDict:
@@ -1510,8 +1499,7 @@ def write_whole(path: Path, save):
             os.fsync(file.fileno())
         for pause in (0.5, 1, 2, 4):  # Windows, while another program reads what was there
             with contextlib.suppress(PermissionError):
-                os.replace(temporary, path)
-                return
+                return os.replace(temporary, path)
             time.sleep(pause)
         os.replace(temporary, path)
     except Exception as error:  # PyTorch and PIL have their own
@@ -1527,44 +1515,41 @@ def read_formats() -> dict[str, str]:
     return {suffix: kind for suffix, kind in known if kind in FORMATS and kind in Image.OPEN}
 
 
-def scan(folder) -> tuple[list[Path], list[str]]:
-    """The images of a folder, by suffix, sorted, and of what else is there one of a kind, and why.
+def list_images(folder, left_out: list | None = None) -> list[Path]:
+    """The folder's images, subfolders and links too, hidden ones not; BadInput if there are none.
 
-    Subfolders and links are followed, each folder once; what is hidden is not there.
+    A warning of what is left out, one of a kind, which goes into the list `left_out`, too.
     """
-    images, others, seen, errors, kinds = [], {}, set(), [], read_formats()
+    if Path(folder).is_file():
+        raise BadInput(f"{folder}: is a file; name its folder")
+    if not Path(folder).is_dir():
+        raise BadInput(f"{folder}: no such file or folder")
+    images, others, seen, errors, kinds = [], defaultdict(list), set(), [], read_formats()
     for here, subfolders, names in os.walk(folder, onerror=errors.append, followlinks=True):
         if os.path.realpath(here) in seen:  # links may go round in circles
+            others["linked once more"].append(here)
             subfolders.clear()
-            others.setdefault("linked once more", []).append(here)
             continue
         seen.add(os.path.realpath(here))
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for path in (Path(here, name) for name in names if not name.startswith(".")):
             kind = path.suffix.lower()
-            if not path.exists():
-                others.setdefault("a dead link", []).append(path)
-            elif kind in kinds:
+            why = f"{kind or 'no suffix'}: not read, convert it" if path.exists() else "a dead link"
+            if kind in kinds and path.exists():
                 images.append(path)
             else:
-                others.setdefault(f"{kind or 'no suffix'}: not read, convert it", []).append(path)
+                others[why].append(path)
     for error in errors:
-        others.setdefault(error.strerror, []).append(error.filename)
-    return sorted(images), [f"{p[0]} ({why}; {len(p)} of these)" for why, p in others.items()]
+        others[error.strerror].append(error.filename)
 
-
-def list_images(folder) -> list[Path]:
-    """The folder's images, subfolders and all; a warning of other files. BadInput if none."""
-    images, others = scan(folder)
-    if Path(folder).is_file():
-        raise BadInput(f"{folder}: is a file; name its folder")
+    line = ", ".join(f"{paths[0]} ({why}; {len(paths)} of these)" for why, paths in others.items())
     if not images:
-        what = "images in this" if Path(folder).is_dir() else "such file or"
-        only = f", only {', '.join(others)}" if others and Path(folder).is_dir() else ""
-        raise BadInput(f"{folder}: no {what} folder{only}")
-    if others:
-        warn(f"left out: {', '.join(others)}")
-    return images
+        raise BadInput(f"{folder}: no images in this folder" + (f", only {line}" if line else ""))
+    if line:
+        warn(f"left out: {line}")
+    if line and left_out is not None:
+        left_out.append(line)
+    return sorted(images)
 
 
 def without_notes(data: bytes) -> bytes:
@@ -1581,10 +1566,7 @@ def without_notes(data: bytes) -> bytes:
 
 
 def open_image(path) -> Image.Image:
-    """An image of one of FORMATS, its first frame, upright; of mode I where it is 16-bit grey.
-
-    BadInput where the file is no use; what the system may do better another time is raised as is.
-    """
+    """Its first frame, upright; of mode I where it is 16-bit grey. BadInput, or what may pass."""
     try:
         data = io.BytesIO(without_notes(Path(path).read_bytes()))
         with Image.open(data, formats=list(read_formats().values())) as image:
@@ -1613,35 +1595,24 @@ def load_image(path, mode: str | None = "RGB", size=0) -> Image.Image:
     if image.mode == "I":
         image = to_image(TF.pil_to_tensor(image).float() / 65535)
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    image = to_srgb(image).convert("RGB")
+
+    # colours of a profile, as phones and cameras write; without a usable one as they are
+    with contextlib.suppress(KeyError, OSError, ImageCms.PyCMSError):
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        if "sRGB" not in ImageCms.getProfileDescription(profile):
+            image = image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
+            srgb = ImageCms.createProfile("sRGB")
+            image = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
+    image = image.convert("RGB")
     image.info.pop("icc_profile", None)  # save() would write it
     if alpha:
         image.putalpha(alpha)
         image = image if mode is None else on_white(image)
-    return resized(image, size) if size else image
-
-
-def to_srgb(image: Image.Image) -> Image.Image:
-    """Colours of a profile, as phones and cameras write, in sRGB; without a usable one as it is."""
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-        if "sRGB" in ImageCms.getProfileDescription(profile):
-            return image
-        colours = image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
-        srgb = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(colours, profile, srgb, outputMode="RGB")
-    except (KeyError, OSError, ImageCms.PyCMSError):
-        return image
+    return TF.resize(image, size, TF.InterpolationMode.BICUBIC) if size else image
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """RGBA -> RGB."""
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def resized(image: Image.Image, side: int, longest: int | None = None) -> Image.Image:
-    """The image with a shorter side of `side` pixels, less where the other would be > longest."""
-    return TF.resize(image, side, TF.InterpolationMode.BICUBIC, max_size=longest)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -1718,7 +1689,9 @@ def sample_images(config: Config) -> list[Tensor]:
     folders = []
     for folder in domain_folders(config):
         test = sibling(folder, "train", "test")
-        folders.append(test if test and scan(test)[0] else folder)
+        with contextlib.suppress(BadInput):  # there may be none in it
+            folder = test if test and list_images(test) else folder
+        folders.append(folder)
     images = UnpairedImages(*folders, config.resize, config.resize, config.seed)
     return [torch.stack(column) for column in zip(*(images[i] for i in range(4)))]
 
@@ -1758,10 +1731,7 @@ def load_generators(run, device: torch.device) -> tuple[nn.ModuleDict, Config]:
 
 @torch.no_grad()
 def apply_any_size(generator: nn.Module, x: Tensor) -> Translation:
-    """The generator on an image (3, H, W) of any size: padded as it needs, cropped back; B = 1.
-
-    FloatingPointError where the result is not finite.
-    """
+    """The generator on an image (3, H, W) of any size: padded as it needs, cropped back; B = 1."""
     height, width = x.shape[-2:]
     down, right = (max(16, -(-side // 4) * 4) - side for side in (height, width))
     t = generator(F.pad(x[None], (0, right, 0, down), mode="replicate"))
@@ -1779,14 +1749,14 @@ def translate_image(generator: nn.Module, image: Image.Image, side: int, device)
     colours = image.convert("RGB") if transparent else image
     seen = on_white(image) if transparent else colours
     if side:
-        seen = resized(seen, side, longest=16 * side)
-    small = to_tensor(seen)
+        seen = TF.resize(seen, side, TF.InterpolationMode.BICUBIC, max_size=16 * side)
+    small = to_tensor(seen)  # (3, h, w)
     t = apply_any_size(generator, small.to(device))
     new, mask = to_image(t.image[0] / 2 + 0.5), to_image(t.foreground[0])
 
-    if seen != colours:  # one channel at a time: a third of the memory
+    if seen != colours:
         bands = []
-        for n, band in enumerate(colours.split()):
+        for n, band in enumerate(colours.split()):  # one at a time: a third of the memory
             new = carry(to_tensor(band)[None], small[None, n : n + 1], t.image[:, n : n + 1])
             bands.append(to_image(new[0].add_(1).div_(2)))
         new = Image.merge("RGB", bands)
@@ -1796,46 +1766,38 @@ def translate_image(generator: nn.Module, image: Image.Image, side: int, device)
     return new, mask
 
 
-def plan_outputs(inputs, out: Path, attention: bool) -> dict[Path, list[Path]]:
-    """Each input image and the files to write; BadInput where one would be overwritten."""
-    plan, taken = {}, {}
-    for item in map(Path, inputs):
-        for path in [item] if item.is_file() else list_images(item):
-            target = out / (path.relative_to(item) if item.is_dir() else path.name)
-            if target.suffix.lower() not in WRITABLE:
-                target = target.with_name(target.name + ".png")
-            mask = target.with_name(target.stem + "_attention.png")
-            plan[path] = [target, mask] if attention else [target]
-            for output in plan[path]:
-                other = taken.setdefault(str(output).casefold(), path)  # as some disks see names
-                if other != path:
-                    raise BadInput(f"{path} and {other}: both would write {output}; split them")
-
-    inputs = {(path.stat().st_dev, path.stat().st_ino): path for path in plan}
-    for output in (output for outputs in plan.values() for output in outputs if output.exists()):
-        if path := inputs.get((output.stat().st_dev, output.stat().st_ino)):
-            raise BadInput(f"--out {out}: {path} is an input; name another folder")
-    return plan
-
-
-def translate(
-    run, inputs, to, out, attention=False, resize: int | None = None, device="auto"
-) -> list[Path]:
+def translate(run, inputs, to, out, attention=False, resize=None, device="auto") -> list[Path]:
     """Each input image (files, or folders of them) -> `out`/its name, at its size, with its alpha.
 
     to: "a" or "b". attention: the mask too, as NAME_attention.png. resize: shorter side of what the
-    networks see, Eq. (12), by default that of the training; 0: the image as it is. -> the paths of
-    the translations. BadInput where one would overwrite an input or another; at the end, where an
-    input was no use.
+    networks see, by default that of the training; 0: the image as it is. BadInput where an input,
+    or two outputs, would be overwritten; at the end, where an input was no use.
     """
     device, out = pick_device(device), Path(out)
     if out.is_file():
         raise BadInput(f"--out {out}: is a file; name a folder")
-    plan, done = plan_outputs(inputs, out, attention), []
-    nets, config = load_generators(run, device)
-    generator = nets["g_ab" if to == "b" else "g_ba"]
-    side = config.resize if resize is None else resize
 
+    # what is written for each image: nothing twice, and no input
+    plan, taken, left_out = {}, {}, []
+    for item in map(Path, inputs):
+        for path in [item] if item.is_file() else list_images(item, left_out):
+            target = out / (path.name if path == item else path.relative_to(item))
+            if target.suffix.lower() not in WRITABLE:
+                target = target.with_name(target.name + ".png")
+            mask = target.with_name(target.stem + "_attention.png")
+            plan[path] = [target, mask] if attention else [target]
+    there = {os.stat(path)[1:3]: path for path in plan}  # by inode and device
+    for path, outputs in plan.items():
+        for output in outputs:
+            other = taken.setdefault(str(output).casefold(), path)  # as some disks see names
+            if other != path:
+                raise BadInput(f"{path} and {other}: both would write {output}; split them")
+            if output.exists() and (same := there.get(os.stat(output)[1:3])):
+                raise BadInput(f"--out {out}: {same} is an input; name another folder")
+
+    nets, config = load_generators(run, device)
+    generator, done = nets["g_ab" if to == "b" else "g_ba"], []
+    side = config.resize if resize is None else resize
     for number, (path, outputs) in enumerate(plan.items(), 1):
         try:
             pictures = translate_image(generator, load_image(path, mode=None), side, device)
@@ -1850,7 +1812,7 @@ def translate(
             warn(f"{line}; going on without it")
     if len(done) < len(plan):
         raise BadInput(f"{len(plan) - len(done)} of {len(plan)} images failed, see above", 1)
-    if any(scan(item)[1] for item in inputs if Path(item).is_dir()):
+    if left_out:
         raise BadInput("some files were left out, see above", 1)
     return done
 
@@ -1876,16 +1838,11 @@ def mask_figures(x: Tensor, t: Translation, mask: Tensor | None) -> dict[str, fl
 
 
 def mask_variety(masks: Tensor) -> float:
-    """How much of the variance of masks (N, 1, H, W) is between images, at a pixel.
+    """Share of the variance of masks (N, 1, H, W) that is between images, at a pixel.
 
     1: they have nothing in common, 0: one mask for all; NaN: a single value.
     """
     return (masks.var(0, correction=0).mean() / masks.var(correction=0)).item()
-
-
-def mask_name(path: Path) -> str:
-    """An image's path in its folder -> its mask's; composed, as names from a Mac are not."""
-    return unicodedata.normalize("NFC", path.with_suffix("").as_posix())
 
 
 def load_mask(path, size) -> Tensor:
@@ -1913,55 +1870,51 @@ def load_mask(path, size) -> Tensor:
     return TF.resize(mask[None].float(), size)[0] >= 0.5
 
 
-def evaluate(
-    run, a="", b="", masks_a="", masks_b="", save="", resize: int | None = None, device="auto"
-) -> dict[str, dict]:
-    """Mean figures of test images: {"a2b": {...}, "b2a": {...}}.
+def evaluate(run, a="", b="", masks_a="", masks_b="", save="", resize=None, device="auto") -> dict:
+    """{"a2b": figures, "b2a": figures} of test images: means over those that have one, or None.
 
     Folders not given: beside the training folders, with test for train in their names; of masks,
     beside the test folders, with masks for test, if any. A mask has its image's path in the folder,
-    with any extension. images: how many; the rest as in `mask_figures`, means over the images that
-    have a figure (None: none has), and `mask_variety`.
-    save: a new folder for the translations (a2b, b2a) and the images as they were seen (a, b).
-    resize: shorter side of what the networks see, by default that of the training.
+    with any extension. save: a new folder for the translations (a2b, b2a) and the images as they
+    were seen (a, b). resize: shorter side of what the networks see, by default the training's.
     """
     device = pick_device(device)
     nets, config = load_generators(run, device)
-    side = config.resize if resize is None else resize
-    trained, folders, results, saved = domain_folders(config), {}, {}, {}
-    for name, folder, training in zip("ab", (a, b), trained):
-        folders[name] = folder = folder or sibling(training, "train", "test")
+    side, folders = config.resize if resize is None else resize, {}
+    for name, folder, training in zip("ab", (a, b), domain_folders(config)):
+        folders[name] = folder = str(folder or sibling(training, "train", "test") or "")
         if not folder:
             raise BadInput(f"--{name}: no test folder beside {training}; name one")
         if save and Path(folder).resolve() in Path(save).resolve().parents:
             raise BadInput(f"--save {save}: is in {folder}; name a folder elsewhere")
-    apart(*folders.values())
+    check(dataclasses.replace(config, **folders))  # that neither is in the other
     if save and Path(save).exists():
         raise BadInput(f"--save {save}: exists; name a new folder")
 
+    results, saved = {}, {}
     for source, target, masks in (("a", "b", masks_a), ("b", "a", masks_b)):
         folder, way, figures, attention = folders[source], f"{source}2{target}", [], []
         paths, masks = list_images(folder), masks or sibling(folder, "test", "masks")
+        composed = functools.partial(unicodedata.normalize, "NFC")  # unlike names from a Mac
         found = list_images(masks) if masks else []
-        known = {mask_name(path.relative_to(masks)): path for path in found}
+        known = {composed(str(path.relative_to(masks).with_suffix(""))): path for path in found}
         for number, path in enumerate(paths, 1):
             name, image = path.relative_to(folder), load_image(path, size=side)
-            x = to_tensor(image)  # (3, H, W)
-            if masks and mask_name(name) not in known:
+            x, mask = to_tensor(image), known.get(composed(str(name.with_suffix(""))))
+            if masks and not mask:
                 raise BadInput(f"{masks}: no mask for {name}")
-            mask = load_mask(known[mask_name(name)], x.shape[-2:]) if masks else None
+            mask = load_mask(mask, x.shape[-2:]) if mask else None
             try:
                 t = apply_any_size(nets[f"g_{source}{target}"], x.to(device))
             except ArithmeticError as error:
                 raise BadInput(f"{path}: {error}", 1) from None
             figures.append(mask_figures(x, t, mask))
             attention.append(TF.resize(t.foreground[0], [config.size, config.size]))
-            pictures = {way: to_image(t.image[0] / 2 + 0.5), source: image} if save else {}
-            for part, picture in pictures.items():
-                new = Path(save, part, name).with_suffix(".png")
+            if save:
+                new, seen = (Path(save, part, name).with_suffix(".png") for part in (way, source))
                 if new in saved:
                     raise BadInput(f"--save: two images of {folder} would both be {new}")
-                saved[new] = picture
+                saved |= {new: to_image(t.image[0] / 2 + 0.5), seen: image}
             if sys.stdout.isatty():
                 say(f"\r{way} {number}/{len(paths)} ", end="")
 
