@@ -1948,54 +1948,50 @@ def add_config_options(parser):
             group = parser.add_argument_group(heading[1])
         elif option := re.fullmatch(r"    (\w+): \w+ = (\S+) +# (.*)", line):
             name, default, text = option.groups()
-            home = os.path.expanduser  # a shell leaves --out=~/x as it is
-            kind = home if types[name] is str else types[name]
-            kind = dict(type=kind, choices=CHOICES.get(name), metavar=types[name].__name__.upper())
-            if types[name] is bool:
-                kind = dict(action=argparse.BooleanOptionalAction)
+            kind = types[name]
+            settings = dict(type=kind, choices=CHOICES.get(name), metavar=kind.__name__.upper())
+            if kind is str:  # a shell leaves --out=~/x as it is
+                settings["type"] = os.path.expanduser
+            if kind is bool:
+                settings = dict(action=argparse.BooleanOptionalAction)
             text = f"{text} [{default}]".replace("%", "%%")
-            group.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **kind)
+            group.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **settings)
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="aggan.py", description=(__doc__ or "").partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands, home = parser.add_subparsers(dest="command", required=True), os.path.expanduser
 
     sub = commands.add_parser("train", help="train on two folders, or on the bundled drawings")
-    small = " ".join(f"{flag(name)} {value}" for name, value in SMALL.items())
-    released = " ".join(f"{flag(k)} {value}" for k, value in OBJECTIVES["released"].items())
-    sub.epilog = f"[defaults]: scheme2's; on the drawings, and with --small: {small} --l-tv "
-    sub.epilog += f"{SMALL_TV}; with --objective released: {released}"
+    sets = SMALL | {"l_tv": SMALL_TV}, OBJECTIVES["released"]
+    small, released = (" ".join(f"{flag(k)} {v}" for k, v in brought.items()) for brought in sets)
+    sub.epilog = f"[defaults]: scheme2's; on the drawings, and with --small: {small}; "
+    sub.epilog += f"with --objective released: {released}"
     add_config_options(sub)
     sub.add_argument("--resume", action="store_true", help="go on from the checkpoint, if any")
     sub.add_argument("--small", action="store_true", default=None, help="the drawings' settings")
 
-    sub = commands.add_parser("translate", help="apply a trained run to images of any size")
-    path = dict(type=os.path.expanduser)
-    sub.add_argument("run", help="run folder", **path)
-    sub.add_argument("inputs", nargs="+", help="images, or folders of them", **path)
-    sub.add_argument("--to", choices=("a", "b"), required=True, help="the domain to translate to")
-    sub.add_argument("--out", required=True, help="folder for the results", **path)
-    sub.add_argument("--attention", action="store_true", help="save the foreground attention too")
-    side = dict(type=int, help="shorter side of what the networks see [the training's]; 0: any")
-    sub.add_argument("--resize", **side)
-    sub.add_argument("--device", default="auto", help="auto or a PyTorch device")
-
-    sub = commands.add_parser("evaluate", help="measure a run, against true masks if any")
-    sub.add_argument("run", help="run folder", **path)
+    translate = commands.add_parser("translate", help="apply a trained run to images of any size")
+    evaluate = commands.add_parser("evaluate", help="measure a run, against true masks if any")
+    side = "shorter side of what the networks see [the training's]; 0: any"
+    for sub in (translate, evaluate):
+        sub.add_argument("run", type=home, help="run folder")
+        sub.add_argument("--resize", type=int, help=side)
+        sub.add_argument("--device", default="auto", help="auto or a PyTorch device")
+    add = translate.add_argument
+    add("inputs", type=home, nargs="+", help="images, or folders of them")
+    add("--to", choices=("a", "b"), required=True, help="the domain to translate to")
+    add("--out", type=home, required=True, help="folder for the results")
+    add("--attention", action="store_true", help="save the foreground attention too")
+    add = functools.partial(evaluate.add_argument, type=home, default="")
     for name in ("--a", "--b", "--masks-a", "--masks-b"):
-        help = "folder; default: testA, masksA beside trainA"
-        sub.add_argument(name, default="", help=help, **path)
-    sub.add_argument("--save", default="", help="new folder for the translations", **path)
-    sub.add_argument("--resize", **side)
-    help = "file for the figures, too"
-    sub.add_argument("--json", dest="json_file", default="", help=help, **path)
-    sub.add_argument("--device", default="auto", help="auto or a PyTorch device")
+        add(name, help="folder; default: testA, masksA beside trainA")
+    add("--save", help="new folder for the translations")
+    add("--json", dest="json_file", help="file for the figures, too")
     return parser
 
 
 def run_train(resume=False, small=None, **given):
-    """The command `train`."""
     out = train(check(configure(given, small)), resume, typed=set(given))
     say(f"finished: grids in {out}/samples; translate and evaluate take {out}")
     if WORLD > 1:
@@ -2012,14 +2008,12 @@ def print_table(results: dict[str, dict]):
 
 
 def run_evaluate(json_file, **given):
-    """The command `evaluate`: writes the figures to a file; prints them, a column a direction."""
     path = Path(json_file)
     if json_file and path.exists() and (path.suffix != ".json" or path.is_dir()):
         raise BadInput(f"--json {path}: exists, and is no .json file")
     results = evaluate(**given)
-    if json_file:
-        text = json.dumps(results, indent=2) + "\n"
-        write_whole(path, lambda file: file.write(text.encode()))
+    if json_file:  # first: the terminal may be gone
+        write_whole(path, lambda file: file.write((json.dumps(results, indent=2) + "\n").encode()))
     print_table(results)
 
 
