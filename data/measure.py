@@ -138,7 +138,7 @@ def main(argv=None):
             except aggan.BadInput as error:
                 if error.status >= 128:  # stopped by a signal
                     parser.exit(error.status, f"{parser.prog}: {error}\n")
-                aggan.say(error, sys.stderr)
+                aggan.say(error, file=sys.stderr)
 
     figures = ("mean_attention",) if given.a else FIGURES
     columns = [(figure, way) for figure in figures for way in ("a2b", "b2a")]
