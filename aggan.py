@@ -805,9 +805,8 @@ def configure(given: dict, small=None) -> Config:
     return Config(**(settings | given | folders))
 
 
-def check(config: Config) -> Config:
+def check(c: Config) -> Config:
     """The same configuration; BadInput names the first option whose value cannot be used."""
-    c = config
     for name, value in vars(c).items():
         least, choices = LEAST.get(name, 0), CHOICES.get(name)
         if not isinstance(value, str) and not least <= value < math.inf:
@@ -827,12 +826,11 @@ def check(config: Config) -> Config:
         raise BadInput("--model cyclegan: has no mask, needs --l-paired 0, --l-tv 0 and --tau 0")
     if c.model == "guided" and (c.tau or not c.l_gan or c.head != "patch"):
         raise BadInput("--model guided: needs --l-gan, --tau 0 and --head patch")
-    return config
+    return c
 
 
-def build_generator(config: Config, guide) -> nn.Module:
-    """The generator of config.model; guide: for guided, the discriminator of its input's domain."""
-    c = config
+def build_generator(c: Config, guide) -> nn.Module:
+    """The generator of --model; guide: for guided, the discriminator of its input's domain."""
     generator, more = {
         "scheme1": (SchemeOneGenerator, {}),
         "scheme2": (SchemeTwoGenerator, {"masks": c.masks}),
@@ -1165,7 +1163,7 @@ def unusable(path, error) -> BadInput:
 
 
 def find_run(config: Config, resume: bool, typed: set | None) -> tuple[Config, dict | None]:
-    """The run's configuration and state (None: a new one); a saved one's, but for FREE as typed."""
+    """-> its configuration, a saved run's but for what was typed of FREE; its state, if saved."""
     out, file = Path(config.out), Path(config.out, "checkpoint.pt")
     if out.is_file():
         raise BadInput(f"--out {out}: is a file; name a folder")
@@ -1182,6 +1180,7 @@ def find_run(config: Config, resume: bool, typed: set | None) -> tuple[Config, d
     state = load_checkpoint(file)
     if typed is None:
         return config, state
+    # options of the saved run, but for those of FREE that were typed
     asked, saved = vars(config), vars(state["config"])
     for name in sorted(typed - FREE):
         if asked[name] != saved[name]:
@@ -1216,6 +1215,7 @@ def start(config: Config, state: dict | None, data: "UnpairedImages", device) ->
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise unusable(config.out if state else config.init, error) from None
 
+    # what is trained, on what
     networks = f"{config.size} px, width {config.width}, {config.blocks} blocks"
     precision = str(trainer.dtype or torch.float32).removeprefix("torch.")
     say(f"{config.model}: {networks}; on {WORLD} x {device.type}, {precision}")
@@ -1276,7 +1276,7 @@ def stop_signals():
 
 
 def mean_figures(trainer: Trainer) -> dict[str, float]:
-    """Of all steps since the last row, and processes. BadInput: one, or a weight, is not finite."""
+    """Means since the last row, over processes. BadInput where one, or a weight, is not finite."""
     means = {}
     if trainer.rows:
         means = dict(zip(trainer.names, average(torch.stack(trainer.rows).mean(0)).tolist()))
@@ -1352,6 +1352,7 @@ class Report:
         except OSError as error:
             warn(f"{path}: cannot be written, kept for the next row ({brief(error)})")
 
+        # curves; and a warning where a direction does nothing, or repaints all
         for name, value in means.items() if self.board else ():
             group = {"a": "masks", "r": "masks", "d": "discriminators"}.get(name[0], "generators")
             self.board.add_scalar(f"{group}/{name}", value, trainer.done)
@@ -1795,6 +1796,7 @@ def translate(run, inputs, to, out, attention=False, resize=None, device="auto")
             if output.exists() and (same := there.get(os.stat(output)[1:3])):
                 raise BadInput(f"--out {out}: {same} is an input; name another folder")
 
+    # one after the other, each as far as it goes
     nets, config = load_generators(run, device)
     generator, done = nets["g_ab" if to == "b" else "g_ba"], []
     side = config.resize if resize is None else resize
@@ -1852,12 +1854,9 @@ def load_mask(path, size) -> Tensor:
     are two values, 0 and another; else what is white, where nearly all is black or white.
     """
     image = open_image(path)
-    if image.mode == "I":  # labels, or black and white
-        values = TF.pil_to_tensor(image)[0]                   # (H, W)
-    else:
-        layers = TF.pil_to_tensor(image.convert("RGBA"))      # (4, H, W)
-        varies = layers[3].min() < layers[3].max()
-        values = layers[3] if varies else layers[:3].amax(0)  # (H, W)
+    layers = TF.pil_to_tensor(image if image.mode == "I" else image.convert("RGBA"))  # (1 or 4, ..)
+    alpha = layers[-1]                                                   # (H, W); or the only one
+    values = alpha if alpha.min() < alpha.max() else layers[:3].amax(0)  # (H, W)
     levels, mask = values.unique().tolist(), values >= 128  # of 255
     if len(levels) == 2 and levels[0] == 0:
         mask = values > 0
@@ -1878,6 +1877,7 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", resize=None, devi
     with any extension. save: a new folder for the translations (a2b, b2a) and the images as they
     were seen (a, b). resize: shorter side of what the networks see, by default the training's.
     """
+    # folders, as given or found
     device = pick_device(device)
     nets, config = load_generators(run, device)
     side, folders = config.resize if resize is None else resize, {}
@@ -1891,6 +1891,7 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", resize=None, devi
     if save and Path(save).exists():
         raise BadInput(f"--save {save}: exists; name a new folder")
 
+    # one direction after the other; pictures are kept until all has gone well
     results, saved = {}, {}
     for source, target, masks in (("a", "b", masks_a), ("b", "a", masks_b)):
         folder, way, figures, attention = folders[source], f"{source}2{target}", [], []
@@ -1918,6 +1919,7 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", resize=None, devi
             if sys.stdout.isatty():
                 say(f"\r{way} {number}/{len(paths)} ", end="")
 
+        # means over the images that have a figure
         say(f"{way}: {len(paths)} images of {folder}" + ("" if masks else ", without masks"))
         results[way] = {"images": len(paths)}
         for name in figures[0]:
@@ -1927,7 +1929,7 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", resize=None, devi
                 say(f"{way}: {name} of {len(values)} images")
         variety = mask_variety(torch.stack(attention))
         results[way]["mask_variety"] = None if math.isnan(variety) else variety
-    for path, picture in saved.items():  # after all has gone well: all or none
+    for path, picture in saved.items():  # all or none
         write_whole(path, functools.partial(picture.save, format="PNG"))
     return results
 
