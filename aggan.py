@@ -1749,8 +1749,9 @@ def translate_image(generator: nn.Module, image: Image.Image, side: int, device)
     transparent = image.mode == "RGBA"
     colours = image.convert("RGB") if transparent else image
     seen = on_white(image) if transparent else colours
-    if side:
-        seen = TF.resize(seen, side, TF.InterpolationMode.BICUBIC, max_size=16 * side)
+    if side:  # at most 16 times as long, but no thinner than a pixel
+        longest = max(16 * side, math.ceil(max(image.size) / min(image.size)))
+        seen = TF.resize(seen, side, TF.InterpolationMode.BICUBIC, max_size=longest)
     small = to_tensor(seen)  # (3, h, w)
     t = apply_any_size(generator, small.to(device))
     new, mask = to_image(t.image[0] / 2 + 0.5), to_image(t.foreground[0])
