@@ -935,8 +935,8 @@ class Trainer:
         self.update(self.opt_d, self.d_parameters)
         self.scaler.update()
 
-        # how far each direction copies decides its next r, Eq. (11)
-        if self.config.curriculum == "adaptive":
+        # how far each direction copies decides its next r, Eq. (11), if it is adaptive
+        if "copy" in a:
             judge = "gan" if self.config.l_gan else "paired"
             e, c = torch.stack([ab[judge], ba[judge]]), torch.stack([b["copy"], a["copy"]])
             self.curriculum.update(self.done, *average(torch.stack([e, c])))
@@ -1352,15 +1352,30 @@ class Report:
         except OSError as error:
             warn(f"{path}: cannot be written, kept for the next row ({brief(error)})")
 
-        # curves; and a warning where a direction does nothing, or repaints all
         for name, value in means.items() if self.board else ():
             group = {"a": "masks", "r": "masks", "d": "discriminators"}.get(name[0], "generators")
             self.board.add_scalar(f"{group}/{name}", value, trainer.done)
-        for name in ("attention_ab", "attention_ba"):
-            if trainer.config.model not in UNFUSED and not 0.03 <= means[name] <= 0.97:
-                found = "copies its input" if means[name] < 0.5 else "repaints everything"
-                line = f"{name} is {means[name]:.4f}: g_{name[-2:]} {found}, or nearly"
-                warn(f"{line}; see README.md, The log, and when it goes wrong")
+        if trainer.config.model not in UNFUSED and trainer.done >= max(100, trainer.total / 10):
+            for way, pool in (("ab", trainer.pool_b), ("ba", trainer.pool_a)):
+                self.warn_of_masks(way, pool, means)
+
+    def warn_of_masks(self, way: str, pool: ImagePool, means: dict[str, float]):
+        """Says once what a direction's masks do wrong; pool: its translations, each with its mask.
+
+        A small mean says nothing: what has to change may be small.
+        """
+        curriculum, n = self.trainer.curriculum, ("ab", "ba").index(way)
+        e, c = curriculum.e[n].item(), curriculum.c[n].item()  # of Eq. (11)
+        known, see = "copy" in means, "see README.md, The log, and when it goes wrong"
+        if known and self.trainer.config.gan == "lsgan" and c < 0.45:
+            warn(f"g_{way}: the discriminator hardly tells A from B, nor where they differ; {see}")
+        elif known and e > 0.9 * c:
+            warn(f"g_{way} copies its input, or nearly; {see}")
+        elif means[f"attention_{way}"] > 0.97:
+            warn(f"g_{way} repaints everything, or nearly; {see}")
+        elif len(pool.items) >= 25:
+            if mask_variety(torch.stack([mask for _, mask in pool.items])) < 0.2:
+                warn(f"g_{way}: its masks are much the same for all images; {see}")
 
 
 def duration(seconds: float) -> str:
@@ -1858,7 +1873,8 @@ def load_mask(path, size) -> Tensor:
     layers = TF.pil_to_tensor(image if image.mode == "I" else image.convert("RGBA"))  # (1 or 4, ..)
     alpha = layers[-1]                                                   # (H, W); or the only one
     values = alpha if alpha.min() < alpha.max() else layers[:3].amax(0)  # (H, W)
-    levels, mask = values.unique().tolist(), values >= 128  # of 255
+    values = values / (257 if image.mode == "I" else 1)                  # to 255
+    levels, mask = values.unique().tolist(), values >= 128
     if len(levels) == 2 and levels[0] == 0:
         mask = values > 0
     elif ((values < 32) | (values >= 224)).float().mean() < 0.9 or 0 < levels[-1] < 128:
@@ -1976,7 +1992,7 @@ def make_parser() -> Parser:
 
     translate = commands.add_parser("translate", help="apply a trained run to images of any size")
     evaluate = commands.add_parser("evaluate", help="measure a run, against true masks if any")
-    side = "shorter side of what the networks see [the training's]; 0: any"
+    side = "shorter side of what the networks see [the training's]; 0: as it is"
     for sub in (translate, evaluate):
         sub.add_argument("run", type=home, help="run folder")
         sub.add_argument("--resize", type=int, help=side)
@@ -2026,6 +2042,8 @@ def main(argv: list[str] | None = None):
     given = vars(parser.parse_args(argv))
     commands = {"train": run_train, "translate": translate, "evaluate": run_evaluate}
     command = commands[given.pop("command")]
+    if (given.get("resize") or 0) < 0:
+        parser.error("--resize: must be 0 or more")
     if RANK > 0:  # of torchrun's processes one speaks
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
@@ -2035,7 +2053,7 @@ def main(argv: list[str] | None = None):
         command(**given)
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
-    except (BadInput, OSError, ArithmeticError) as error:
+    except (BadInput, OSError, FloatingPointError) as error:
         parser.exit(getattr(error, "status", 2), f"{parser.prog}: {error}\n")
     except (MemoryError, RuntimeError) as error:
         if WORLD > 1 and "peer" in str(error):

@@ -1,15 +1,14 @@
-"""Tests of aggan.py, in its order: first the method, then the machinery.
+"""Tests of aggan.py, in its order: the method, the training, the program, the documents.
 
 No network, no GPU, seeded. Run: pytest -q
 """
 
 import ast
-import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
-import http.server
-import importlib.util
+import itertools
 import json
 import math
 import multiprocessing
@@ -19,44 +18,30 @@ import re
 import shlex
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import threading
-import warnings
-import zipfile
+import time
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageColor
+from PIL import Image
 from torch import nn
 
 import aggan
-from aggan import (
-    ActivationDiscriminator,
-    AttentionGuidedDiscriminator,
-    Config,
-    CycleGANGenerator,
-    GatedGenerator,
-    GuidedGenerator,
-    ImagePool,
-    MaskedDiscriminator,
-    PatchDiscriminator,
-    PooledDiscriminator,
-    ResidualAttentionDiscriminator,
-    SchemeOneGenerator,
-    SchemeTwoGenerator,
-    Translation,
-)
+from aggan import ActivationDiscriminator, AttentionGuidedDiscriminator, Config, CycleGANGenerator
+from aggan import GatedGenerator, GuidedGenerator, ImagePool, MaskedDiscriminator
+from aggan import PatchDiscriminator, PooledDiscriminator, ResidualAttentionDiscriminator
+from aggan import SchemeOneGenerator, SchemeTwoGenerator, Translation
 
 ROOT = Path(__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXERCISES = (ROOT / "data" / "exercises.md").read_text(encoding="utf-8")
+MOST_LINES = 2069  # of aggan.py
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # small networks; and processes that are compared round alike
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # of processes side by side
 
 needs_posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX signals")
 
@@ -64,7 +49,6 @@ needs_posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX si
 TINY = dict(width=4, blocks=1, masks=3, size=32, resize=36, workers=0, device="cpu")
 TINY |= dict(log_every=2, save_every=2)
 FINAL = aggan.configure(dict(TINY, a="a", b="b"))
-RELEASED = aggan.configure(dict(TINY, a="a", b="b", objective="released"))
 MEJJATI = aggan.configure(dict(TINY, a="a", b="b", model="mejjati"))
 BATCH = [x * 2 - 1 for x in torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))]
 
@@ -72,6 +56,7 @@ BATCH = [x * 2 - 1 for x in torch.rand(2, 2, 3, 32, 32, generator=torch.Generato
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+    aggan.warn.cache_clear()  # each line once
 
 
 @pytest.fixture
@@ -97,14 +82,43 @@ def started():
     """Starts the command line in a copy of this process, which needs no time to import PyTorch."""
     fork, processes = multiprocessing.get_context("fork"), []
 
-    def start(*arguments):
-        processes.append(fork.Process(target=aggan.main, args=([*map(str, arguments)],)))
-        processes[-1].start()
-        return processes[-1]
+    def start(*arguments, function=aggan.main):
+        process = fork.Process(target=function, args=([*map(str, arguments)],))
+        processes.append(process)
+        process.start()
+        return process
 
     yield start
     for process in processes:  # none outlives a failure
         process.kill()
+
+
+@pytest.fixture
+def pair(started, tmp_path):
+    """Starts the command line as both of torchrun's processes, each in a folder of its own."""
+
+    def start(*arguments, places=("first", "second")):
+        port = str(random.SystemRandom().randrange(20000, 32000))
+
+        def become(rank, arguments):
+            aggan.RANK, aggan.WORLD = rank, 2
+            os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", MASTER_PORT=port)
+            os.environ |= dict(MASTER_ADDR="127.0.0.1", LOCAL_RANK="0")
+            (tmp_path / places[rank]).mkdir(exist_ok=True)
+            os.chdir(tmp_path / places[rank])
+            aggan.main(arguments)
+
+        both = [functools.partial(become, rank) for rank in (0, 1)]
+        return [started(*arguments, function=function) for function in both]
+
+    return start
+
+
+def ended(processes):
+    """Their exit statuses."""
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
 
 
 def tiny(folders, **changes):
@@ -120,11 +134,6 @@ def options(folders, **changes):
     return [str(x) for name, value in given.items() for x in (aggan.flag(name), value)]
 
 
-def command(*arguments):
-    """The command line, in a process of its own, as a user calls it."""
-    return [sys.executable, str(ROOT / "aggan.py"), *map(str, arguments)]
-
-
 def refusal(arguments, capsys, status=2):
     """The one line that the command line prints before it exits with `status`."""
     with pytest.raises(SystemExit) as stopped:
@@ -135,20 +144,32 @@ def refusal(arguments, capsys, status=2):
     return error
 
 
-def script(name, folder=ROOT / "data"):
-    """NAME.py of the folder, as a module."""
-    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
 def same(state, other):
     return state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in state)
+
+
+def spoilt(monkeypatch, place, name, spoil):
+    """place.name, which calls spoil(*arguments) first."""
+    function = getattr(place, name)
+
+    def called(*arguments, **named):
+        spoil(*arguments)
+        return function(*arguments, **named)
+
+    monkeypatch.setattr(place, name, called)
+
+
+def raising(error):
+    """In place of a function: raises this."""
+
+    def function(*_, **__):
+        raise error
+
+    return function
 
 
 def weights(run):
@@ -162,37 +183,28 @@ def pixels_of(path):
 # ---------- 0. The module ----------
 
 
-def test_import_has_no_side_effects(tmp_path):
-    code = (
-        "import random, sys, torch; before = torch.get_rng_state(), random.getstate()\n"
-        f"sys.path.insert(0, {str(ROOT)!r}); import aggan\n"
-        "assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()\n"
-        "assert not torch.cuda.is_initialized()\n"
-    )
-    run = [sys.executable, "-B", "-c", code]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert not list(tmp_path.iterdir())
+def test_the_file(capsys, tmp_path, monkeypatch):
+    """Air and width; a docstring that is true; pasted into a notebook cell, it does nothing."""
+    monkeypatch.chdir(tmp_path)
+    source, before = (ROOT / "aggan.py").read_text(encoding="utf-8"), torch.get_rng_state()
+    for world, rank in ((1, 0), (2, 1)):  # a RANK without WORLD_SIZE is no torchrun's
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2" if world == 2 else "")
+        names = {"__name__": "notebook"}  # without __file__
+        exec(compile(source, "<cell>", "exec"), names)
+        assert (names["WORLD"], names["RANK"]) == (world, rank)
+        assert names["check"](names["Config"](a="a", b="b")) and not list(tmp_path.iterdir())
+    assert torch.equal(before, torch.get_rng_state()) and capsys.readouterr() == ("", "")
 
-
-def test_docstring_is_true():
-    """It names what exists, and a line for every model."""
-    for name in re.findall(r"`(\w+)`", aggan.__doc__):
+    for name in re.findall(r"\w+Generator|(?<=`)\w+(?=`)", aggan.__doc__):
         assert hasattr(aggan, name) or name in ("g_ab", "g_ba"), name
-    for name in re.findall(r"\w+Generator", aggan.__doc__):
-        assert hasattr(aggan, name), name
     for model in aggan.PRESETS:
         assert f"\n  {model} " in aggan.__doc__
-
-
-def test_style():
-    """Air and width, in which the file is projected."""
-    for file in ("aggan.py", "test_aggan.py", *map(str, ROOT.glob("data/*.py"))):
-        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-        assert max(map(len, lines)) <= 100, file
-        air = sum(not line.strip() or line.lstrip().startswith("#") for line in lines)
-        if file == "aggan.py":
-            assert air >= 0.2 * len(lines) and len(lines) <= 1973
+    for file in (ROOT / "aggan.py", ROOT / "test_aggan.py", *ROOT.glob("data/*.py")):
+        assert max(map(len, file.read_text(encoding="utf-8").splitlines())) <= 100, file
+    lines = source.splitlines()
+    air = sum(not line.strip() or line.lstrip().startswith("#") for line in lines)
+    assert air >= 0.2 * len(lines) and len(lines) <= MOST_LINES
 
 
 # ---------- 1. The fusion formula ----------
@@ -216,39 +228,64 @@ def test_fuse_is_the_naive_loop():
         assert out[b, c, h, w].item() == pytest.approx(pixel.item(), abs=1e-6)
 
 
-def test_background_mask_of_one_returns_the_input_to_the_bit():
+def test_fusion_of_special_masks():
+    """A background of 1 returns the input, to the bit; two masks are scheme I."""
     x, attention, content = random_translation()
     attention = torch.zeros_like(attention)
     attention[:, -1] = 1
     assert torch.equal(aggan.fuse(x, attention, content), x)
+    with pytest.raises(ValueError, match="4 masks"):
+        aggan.fuse(x, attention, content[:, :1])  # would broadcast
 
-
-def test_two_masks_are_scheme_one():
-    x, _, content = random_translation(n=2)
-    a = torch.rand(2, 1, 5, 6)
+    a, content = torch.rand(2, 1, 5, 6), content[:, :1]
     scheme_one = a * content[:, 0] + (1 - a) * x
     torch.testing.assert_close(aggan.fuse(x, torch.cat([a, 1 - a], 1), content), scheme_one)
 
 
-def test_fuse_refuses_masks_that_do_not_meet_contents():
-    x, attention, content = random_translation()
-    with pytest.raises(ValueError, match="4 masks"):
-        aggan.fuse(x, attention, content[:, :1])  # would broadcast
+def test_carry():
+    """Eq. (12): the change alone is resized; where there is none, x stays to the bit."""
+    x, small = torch.rand(2, 3, 48, 64) * 2 - 1, torch.rand(2, 3, 12, 16) * 2 - 1
+    assert torch.equal(aggan.carry(x, small, small), x)
+    half = small.clone()
+    half[..., :4] += 0.25  # the left quarter: 4 of 16 columns, 16 of 64
+    y = aggan.carry(x, small, half)
+    assert torch.equal(y[..., 24:], x[..., 24:])  # a bicubic step ends two small pixels further
+    torch.testing.assert_close(y[..., :8], (x[..., :8] + 0.25).clamp(max=1))
+    own = torch.rand(2, 3, 48, 64) * 2 - 1  # at x's own size
+    torch.testing.assert_close(aggan.carry(x, x, own), own)
+    tiny = aggan.carry(x[..., :3, :5], small, small - 0.5)  # smaller than the scale
+    torch.testing.assert_close(tiny, (x[..., :3, :5] - 0.5).clamp(min=-1))
+    checked = torch.zeros(1, 1, 64, 64)
+    checked[..., ::2] = 1  # a change in columns: downwards it is averaged, not sampled
+    assert aggan.carry(torch.zeros(1, 1, 16, 16), checked * 0, checked).std() < 0.02
 
 
 # ---------- 2. Building blocks ----------
 
 
-@pytest.mark.parametrize("norm", ["instance", "batch"])
-def test_blocks_shapes(norm):
+def test_blocks_shapes():
     x = torch.randn(2, 3, 32, 48)
-    features = aggan.Encoder(8, 2, norm)(x)
-    assert features.shape == (2, 32, 8, 12)  # 4 * width channels, a quarter of the size
-    assert aggan.ResidualBlock(32, norm)(features).shape == features.shape
-    assert aggan.conv_block(3, 5, 7, norm=norm)(x).shape == (2, 5, 32, 48)
-    for upsample in ("nearest", "transposed"):
+    for norm, upsample in itertools.product(("instance", "batch"), ("nearest", "transposed")):
+        features = aggan.Encoder(8, 2, norm)(x)
+        assert features.shape == (2, 32, 8, 12)  # 4 * width channels, a quarter of the size
+        assert aggan.ResidualBlock(32, norm)(features).shape == features.shape
+        assert aggan.conv_block(3, 5, 7, norm=norm)(x).shape == (2, 5, 32, 48)
         assert aggan.up_block(32, 5, norm, upsample)(features).shape == (2, 5, 16, 24)
         assert aggan.Decoder(7, 8, norm, upsample)(features).shape == (2, 7, 32, 48)
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_doubled_and_convolved_at_once_is_one_after_the_other(norm):
+    block = aggan.up_block(6, 4, norm).double()
+    assert [name for name, _ in block.named_parameters()][:2] == ["1.0.weight", "1.0.bias"]
+    for height, width in ((4, 4), (5, 8), (1, 2)):
+        x = torch.randn(3, 6, height, width, dtype=torch.float64, requires_grad=True)
+        at_once, in_turn = block(x), nn.Sequential.forward(block, x)
+        assert at_once.shape == (3, 4, 2 * height, 2 * width)
+        torch.testing.assert_close(at_once, in_turn, rtol=0, atol=1e-12)
+        weights, seen = torch.randn_like(at_once), (x, *block.parameters())
+        gradients = [torch.autograd.grad((y * weights).sum(), seen) for y in (at_once, in_turn)]
+        torch.testing.assert_close(*gradients, rtol=0, atol=1e-11)
 
 
 def test_nearest_upsampling_leaves_no_grid():
@@ -304,13 +341,15 @@ def test_generator_shapes_and_ranges(name, height, width):
     torch.testing.assert_close(t.foreground[:, 0], t.attention[:, :-1].sum(1))
     assert t.attention.min() >= 0 and t.attention.max() <= 1
     assert t.content.abs().max() <= 1 and t.image.abs().max() <= 1 + 1e-6
+    with pytest.raises(ValueError, match="multiples of 4"):
+        make(8, 1)(x[..., :-1])
     if "Lin" not in name:  # which fuses nothing
         torch.testing.assert_close(t.image, aggan.fuse(x, t.attention, t.content))
 
 
 def test_masks_and_contents_of_equations_2_and_3():
     x = torch.rand(1, 3, 32, 32) * 2 - 1
-    one, two = SchemeOneGenerator(4, 1), SchemeTwoGenerator(4, 1, masks=3)
+    one, two, net = SchemeOneGenerator(4, 1), SchemeTwoGenerator(4, 1, 3), CycleGANGenerator(4, 1)
     s = one.decoder(one.encoder(x))
     sigmoid = 1 / (1 + (-s[:, :1]).exp())
     torch.testing.assert_close(one(x).attention, torch.cat([sigmoid, 1 - sigmoid], dim=1))
@@ -321,6 +360,11 @@ def test_masks_and_contents_of_equations_2_and_3():
     torch.testing.assert_close(two(x).attention, powers / powers.sum(1, keepdim=True))
     contents = two.content_decoder(features).tanh()  # of the first mask, of the second
     torch.testing.assert_close(two(x).content, torch.stack([contents[:, :3], contents[:, 3:]], 1))
+
+    t = net(x)  # CycleGAN's repaints everything
+    assert torch.equal(t.foreground, torch.ones(1, 1, 32, 32))
+    assert torch.equal(t.image, t.content[:, 0])
+    torch.testing.assert_close(t.image, net.decoder(net.encoder(x)).tanh())
 
 
 def test_full_size_networks():
@@ -344,14 +388,6 @@ def test_full_size_networks():
         mix = 2 * (256 * 256 + 256)
         assert parameters(ResidualAttentionDiscriminator()) == patch + branch + mix
         assert parameters(GuidedGenerator(ActivationDiscriminator())) == cyclegan  # no guide's
-
-
-def test_cyclegan_repaints_everything():
-    x, net = torch.rand(2, 3, 32, 32) * 2 - 1, CycleGANGenerator(4, 1)
-    t = net(x)
-    assert torch.equal(t.foreground, torch.ones(2, 1, 32, 32))
-    assert torch.equal(t.image, t.content[:, 0])
-    torch.testing.assert_close(t.image, net.decoder(net.encoder(x)).tanh())
 
 
 # ---------- 4. Discriminators (and those of section 7) ----------
@@ -385,33 +421,30 @@ def test_discriminator_shapes(name, norm, height, width):
             assert d.attention(image).shape == mask.shape
 
 
-def test_a_patch_logit_sees_70_pixels():
+def test_what_discriminators_see():
+    """A patch logit 70 pixels; the attention-guided one mask and image; norms are the papers'."""
     x, net = torch.randn(1, 3, 128, 128, requires_grad=True), PatchDiscriminator(width=4)
     layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.LeakyReLU))]
     nn.Sequential(*layers)(x)[0, 0, 7, 7].backward()  # without norms, which see the whole image
     rows = x.grad[0].abs().sum((0, 2)).nonzero()
     assert (rows.max() - rows.min() + 1).item() == 70
 
-
-def test_norms_of_the_heads():
-    def kinds(net):
-        return [type(m).__name__ for m in net.modules() if not list(m.children())]
+    image, mask, d = (
+        torch.rand(2, 3, 32, 32),
+        torch.rand(2, 1, 32, 32),
+        AttentionGuidedDiscriminator(4),
+    )
+    assert torch.equal(d(image, mask), d.judge(torch.cat([mask, image], dim=1)))
+    assert not torch.equal(d(image, mask), d(image, 1 - mask))
 
     patch, pooled = (
-        kinds(PatchDiscriminator(3, 4, "batch")),
-        kinds(PooledDiscriminator(3, 4, "batch")),
+        [type(m).__name__ for m in net(3, 4, "batch").modules() if not list(m.children())]
+        for net in (PatchDiscriminator, PooledDiscriminator)
     )
     assert patch[:3] == ["Conv2d", "LeakyReLU", "Conv2d"] and patch.count("BatchNorm2d") == 3
     assert pooled[:3] == ["Conv2d", "BatchNorm2d", "LeakyReLU"]
     assert pooled.count("BatchNorm2d") == 4
     assert pooled[-4:] == ["Conv2d", "LeakyReLU", "AdaptiveAvgPool2d", "Conv2d"]
-
-
-def test_attention_guided_discriminator_sees_mask_and_image():
-    image, mask = torch.rand(2, 3, 32, 32), torch.rand(2, 1, 32, 32)
-    d = AttentionGuidedDiscriminator(4)
-    assert torch.equal(d(image, mask), d.judge(torch.cat([mask, image], dim=1)))
-    assert not torch.equal(d(image, mask), d(image, 1 - mask))
 
 
 # ---------- 5. Losses ----------
@@ -423,6 +456,9 @@ def test_adversarial_loss_least_squares():
     assert aggan.adversarial_loss(logits, True).item() == pytest.approx(0.625)
     # (0.5^2 + 2^2) / 2 = (0.25 + 4) / 2
     assert aggan.adversarial_loss(logits, False).item() == pytest.approx(2.125)
+    for shape in ((2, 1, 1, 1), (2, 1, 5, 7)):  # nothing to broadcast
+        assert aggan.adversarial_loss(torch.ones(shape), True).item() == 0
+        assert aggan.adversarial_loss(torch.zeros(shape), True).item() == 1
 
 
 def test_adversarial_loss_log_form():
@@ -433,12 +469,6 @@ def test_adversarial_loss_log_form():
     assert aggan.adversarial_loss(logits, False, "vanilla").item() == pytest.approx(fake)
     with pytest.raises(ValueError, match="wgan"):
         aggan.adversarial_loss(logits, True, "wgan")
-
-
-@pytest.mark.parametrize("shape", [(2, 1, 1, 1), (2, 1, 5, 7)])
-def test_adversarial_loss_has_nothing_to_broadcast(shape):
-    assert aggan.adversarial_loss(torch.ones(shape), True).item() == 0
-    assert aggan.adversarial_loss(torch.zeros(shape), True).item() == 1
 
 
 def test_l1_losses_are_means():
@@ -473,17 +503,15 @@ class Fixed(nn.Module):
         return self.answer
 
 
-def fixed_translation(value, mask):
-    image, mask = torch.full((1, 3, 2, 2), value), torch.full((1, 1, 2, 2), mask)
-    return Translation(image, torch.cat([mask, 1 - mask], 1), image[:, None])
-
-
 def test_objective_by_hand_at_two_values_of_r():
     x, y = torch.zeros(1, 3, 2, 2), torch.ones(1, 3, 2, 2)
-    g, g_back = Fixed(fixed_translation(0.5, 0.25)), Fixed(fixed_translation(-0.2, 0.0))
-    discriminators = nn.ModuleDict(
-        {"gan": Fixed(torch.zeros(1, 1)), "paired": Fixed(torch.ones(1, 1))}
-    )
+
+    def fixed(value, mask):
+        image, mask = torch.full((1, 3, 2, 2), value), torch.full((1, 1, 2, 2), mask)
+        return Fixed(Translation(image, torch.cat([mask, 1 - mask], 1), image[:, None]))
+
+    g, g_back = fixed(0.5, 0.25), fixed(-0.2, 0.0)
+    discriminators = {"gan": Fixed(torch.zeros(1, 1)), "paired": Fixed(torch.ones(1, 1))}
     names = ("gan", "paired", "cycle", "pixel", "identity", "tv")
     config = Config(**{"l_" + name: weight for name, weight in zip(names, (2, 3, 10, 4, 5, 7))})
 
@@ -622,23 +650,17 @@ def test_adaptive_curriculum_is_the_loop_by_hand():
 
 
 def test_r_rises_while_translations_fool_the_discriminator():
-    """... as the ramp does; it falls where they do not, and stays within its bounds."""
+    """... as the ramp does; it falls where they do not; short and long runs are alike."""
     fooled, seen_through = [(0.3, 1.0)] * 500, [(1.0, 1.0)] * 500
     rs = r_of(fooled + seen_through + fooled, 1500)
     assert rs[500] == pytest.approx(0.5 / 3, rel=1e-3)  # the ramp at a third of the run
     assert rs[:500] == sorted(rs[:500]) and rs[510] < rs[500] and rs[600] < 0.06
     assert rs[1000] == pytest.approx(0.01) and rs[-1] == pytest.approx(0.5)  # and it comes back
-    assert min(rs) >= 0.01 - 1e-6 and max(rs) <= 0.5
     half = [(0.675, 1.0)] * 500  # half-way between 0.35 and a copy
     assert r_of(half, 500)[-1] == pytest.approx(0.25, rel=1e-3)
-
-
-def test_short_and_long_runs_have_the_same_curriculum():
-    curves = []
-    for steps in (500, 5000):
-        losses = [(0.5 + 0.4 * math.sin(6 * i / steps), 1.0) for i in range(steps)]
-        curves.append(r_of(losses, steps)[:: steps // 10])
-    assert curves[0] == pytest.approx(curves[1], abs=0.02) and max(curves[0]) > 0.1
+    waves = ([(0.5 + 0.4 * math.sin(6 * i / n), 1.0) for i in range(n)] for n in (500, 5000))
+    short, long = (r_of(wave, len(wave))[:: len(wave) // 10] for wave in waves)
+    assert short == pytest.approx(long, abs=0.02) and max(short) > 0.1
 
 
 def test_scheduled_r():
@@ -662,10 +684,8 @@ def test_pool_keeps_image_and_mask_together():
     assert 25 < sum(x < i for i, x in enumerate(returned)) < 75  # about half are earlier ones
     assert pool.items[0][0].untyped_storage().nbytes() == 3 * 4 * 4 * 4  # not the batch's memory
 
-
-def test_pool_of_size_zero_returns_what_came_in():
     images, masks = torch.rand(3, 3, 2, 2, requires_grad=True), torch.rand(3, 1, 2, 2)
-    out = ImagePool(0).query(images, masks)
+    out = ImagePool(0).query(images, masks)  # returns what came in
     assert torch.equal(out[0], images) and torch.equal(out[1], masks)
     assert not out[0].requires_grad
 
@@ -724,14 +744,11 @@ def test_guided_generator(kind):
     net(x).image.sum().backward()
     assert all(p.grad is None for p in guide.parameters())
 
-
-def test_guides_are_the_source_domains_discriminators():
-    for name, kind in aggan.GUIDES.items():
-        config = aggan.configure(dict(TINY, model="guided", attention_map=name, a="a", b="b"))
-        nets = aggan.build(config)
-        assert type(nets["d_a"]["gan"]) is kind
-        assert nets["g_ab"].guide[0] is nets["d_a"]["gan"]
-        assert nets["g_ba"].guide[0] is nets["d_b"]["gan"]
+    name = next(name for name, cls in aggan.GUIDES.items() if cls is kind)
+    config = aggan.configure(dict(TINY, model="guided", attention_map=name, a="a", b="b"))
+    nets = aggan.build(config)  # guides are the source domains' discriminators
+    assert type(nets["d_a"]["gan"]) is kind and nets["g_ab"].guide[0] is nets["d_a"]["gan"]
+    assert nets["g_ba"].guide[0] is nets["d_b"]["gan"]
 
 
 def expected_map(features):
@@ -763,7 +780,7 @@ def test_tam_adds_a_learnt_mask_to_the_trunk():
     torch.testing.assert_close(net.attention(x)[:1], expected_map(mask[:1]))
 
 
-# ---------- 8. Configuration, and the training step ----------
+# ---------- 8. Configuration ----------
 
 
 def test_presets_are_the_papers():
@@ -784,34 +801,15 @@ def test_presets_are_the_papers():
         (dict(model="scheme1", l_tv=3.0), dict(l_tv=3)),  # what is asked for wins
     ):
         assert expected.items() <= vars(aggan.configure(given | own)).items(), given
-
-
-def test_small_settings():
-    config = aggan.configure({})
-    assert not config.a and (config.size, config.steps) == (64, 2000)
-    assert (config.out, config.l_tv) == ("runs/mini-scheme2", 1e-4)
-    assert aggan.configure({"epochs": 2}).steps == 0
-    small = aggan.configure(dict(a="x", b="y", objective="released", width=4), small=True)
+    config = aggan.configure({})  # the small settings, of the drawings
+    assert not config.a and (config.size, config.steps, config.l_tv) == (64, 2000, 1e-4)
+    assert config.out == "runs/mini-scheme2" and aggan.configure({"epochs": 2}).steps == 0
+    small = aggan.configure(dict(own, objective="released", width=4), small=True)
     assert (small.size, small.width, small.out) == (64, 4, "runs/scheme2")
     assert small.l_tv == 0  # an objective without it
 
 
-def test_initial_weights():
-    nets = aggan.build(Config(width=32, blocks=2, norm="batch"))
-    weight = nets["g_ab"].encoder[3].body[1].weight
-    assert weight.std().item() == pytest.approx(0.02, rel=0.02) and abs(weight.mean()) < 1e-3
-    norms = [m for m in nets["d_a"].modules() if isinstance(m, nn.BatchNorm2d)]
-    assert norms and all(0.9 < m.weight.mean() < 1.1 for m in norms)
-
-
-@pytest.mark.parametrize("model", ["scheme1", "scheme2", "mejjati", "guided"])
-def test_every_term_works_with_every_mask(model):
-    given = dict(TINY, model=model, objective="final", l_identity=1.0, a="a", b="b")
-    figures = aggan.Trainer(aggan.configure(given), 2, CPU).step(*BATCH)
-    assert {"gan", "paired", "cycle", "pixel", "identity", "tv", "d_gan", "d_paired"} <= set(
-        figures
-    )
-    assert all(v.isfinite() for v in figures.values())
+# ---------- 9. The training step ----------
 
 
 def test_the_step_puts_the_parts_together():
@@ -820,19 +818,15 @@ def test_the_step_puts_the_parts_together():
     trainer = aggan.Trainer(config, 10, CPU)
     trainer.done = 8
     r = trainer.curriculum(8)
-    figures, nets, expected, fakes = trainer.step(*BATCH), trainer.nets, {}, {}
+    figures, nets, expected, fakes, copies = trainer.step(*BATCH), trainer.nets, {}, {}, {}
     for name in ("ab", "ba"):
         _, terms, t = aggan.generator_objective(*direction(nets, name), 0.5, config)
         fakes[name[1]] = t.image.detach(), t.foreground.detach()
-        expected = {k: expected.get(k, 0) + v for k, v in terms.items()} | {
-            k: v for k, v in expected.items() if k not in terms
-        }
+        expected |= {k: expected.get(k, 0) + v for k, v in terms.items()}
     own = {"a": (BATCH[0], fakes["b"][1]), "b": (BATCH[1], fakes["a"][1])}
-    copies = {}
     for domain, other in ("ab", "ba"):
-        d = nets["d_" + domain]
         seen = own[domain], fakes[domain], own[other]
-        _, terms = aggan.discriminator_objective(d, *seen, config)
+        _, terms = aggan.discriminator_objective(nets["d_" + domain], *seen, config)
         copies[domain] = terms["copy"]
         expected |= {k: expected.get(k, 0) + v for k, v in terms.items()}
     expected |= {"attention_ab": fakes["b"][1].mean(), "attention_ba": fakes["a"][1].mean()}
@@ -842,6 +836,14 @@ def test_the_step_puts_the_parts_together():
         torch.testing.assert_close(figures[name], value)
     # of 10 steps 2 % are less than one: no running mean yet
     torch.testing.assert_close(trainer.curriculum.c, torch.stack([copies["b"], copies["a"]]))
+    rates = [aggan.learning_rate(FINAL, progress) for progress in (0, 0.5, 0.75, 1)]
+    assert rates == pytest.approx([1e-4, 1e-4, 5e-5, 0])
+
+    for model in ("scheme1", "mejjati", "guided"):  # every term works with every mask
+        given = dict(TINY, model=model, objective="final", l_identity=1.0, a="a", b="b")
+        figures = aggan.Trainer(aggan.configure(given), 2, CPU).step(*BATCH)
+        assert {"gan", "paired", "cycle", "pixel", "identity", "tv", "d_gan"} <= set(figures)
+        assert all(v.isfinite() for v in figures.values())
 
 
 def test_the_step_uses_the_pools():
@@ -861,29 +863,20 @@ def test_the_step_uses_the_pools():
 
 def test_each_update_leaves_the_other_networks_alone():
     trainer = aggan.Trainer(FINAL, 10, CPU)
-    g, d = trainer.g_parameters, trainer.d_parameters
+    g, d, r = trainer.g_parameters, trainer.d_parameters, torch.full((2,), 0.3)
     assert len(g) + len(d) == len(list(trainer.nets.parameters()))
-    r = torch.full((2,), 0.3)
     fake_a, fake_b, mask_a, mask_b, _, _ = trainer.generator_gradients(*BATCH, r)
     assert all(p.grad is None for p in d) and all(p.grad is not None for p in g)
-    first = [p.grad.clone() for p in g]
+    first, before = [p.grad.clone() for p in g], [p.clone() for p in d]
     trainer.generator_gradients(*BATCH, r)  # not added to those before
     assert all(map(torch.equal, first, (p.grad for p in g)))
-
-    before = [p.clone() for p in d]
     trainer.update(trainer.opt_g, g)
     assert all(map(torch.equal, before, d))
     before, first = [p.clone() for p in g], [p.grad.clone() for p in g]
-    pairs = [*zip(BATCH, (mask_a, mask_b)), (fake_a, mask_b), (fake_b, mask_a)]
-    trainer.discriminator_gradients(*pairs)
+    own, fakes = (BATCH[0], mask_a, BATCH[1], mask_b), (fake_a, mask_b, fake_b, mask_a)
+    trainer.discriminator_gradients(*own, *fakes)
     trainer.update(trainer.opt_d, d)
-    assert all(map(torch.equal, before, g))
-    assert all(map(torch.equal, first, (p.grad for p in g)))
-
-
-def test_the_rate_falls_over_the_second_half():
-    rates = [aggan.learning_rate(FINAL, progress) for progress in (0, 0.5, 0.75, 1)]
-    assert rates == pytest.approx([1e-4, 1e-4, 5e-5, 0])
+    assert all(map(torch.equal, before, g)) and all(map(torch.equal, first, (p.grad for p in g)))
 
 
 @pytest.mark.parametrize("model", aggan.PRESETS)
@@ -909,10 +902,9 @@ def test_reduced_precision_is_near_float32(model, precision, tolerance, wide):
         results.append((ab, torch.cat([p.grad.flatten() for p in trainer.g_parameters]) / scale))
     (terms, gradient), (reduced, other) = results
     assert types[0] == torch.float32 and types[-1] == aggan.PRECISIONS[precision]
-    for out in outputs:
-        assert all(x.dtype == torch.float32 for x in (out if isinstance(out, tuple) else [out]))
+    leaves = torch.utils._pytree.tree_leaves([[*map(tuple, outputs)], reduced])
+    assert {x.dtype for x in leaves} == {torch.float32}
     for name, value in terms.items():
-        assert reduced[name].dtype == torch.float32
         assert reduced[name].item() == pytest.approx(value.item(), rel=tolerance, abs=1e-4), name
     assert (other - gradient).norm() < wide * gradient.norm()
 
@@ -929,985 +921,26 @@ def test_fp16_skips_a_step_that_overflows():
     assert trainer.scaler.get_scale() == 128
 
 
-# ---------- 9. Data ----------
+class Replay(contextlib.nullcontext):
+    """Stands for a CUDA graph on the CPU: runs what was recorded again, on the same tensors.
 
-
-def test_dataset(folders):
-    def dataset(seed):
-        return aggan.UnpairedImages(folders / "trainA", folders / "trainB", 32, 36, seed)
-
-    data, again, other = dataset(3), dataset(3), dataset(4)
-    assert len(data) == 5
-    for i in (7, 0, 100):  # a pair is a function of the seed and i
-        assert [x.shape for x in data[i]] == [(3, 32, 32)] * 2
-        assert all(map(torch.equal, data[i], again[i]))
-        assert not all(map(torch.equal, data[i], other[i]))
-        assert all(x.min() >= -1 and x.max() <= 1 for x in data[i])
-
-
-def test_crops_flips_and_passes(tmp_path):
-    """Red tells the column, green the row, blue the image."""
-    for domain, count in (("A", 6), ("B", 4)):
-        (tmp_path / domain).mkdir()
-        for i in range(count):
-            image = Image.new("RGB", (16, 16))
-            image.putdata([(10 * x, 10 * y, 10 * i) for y in range(16) for x in range(16)])
-            image.save(tmp_path / domain / f"{i}.png")
-    data = aggan.UnpairedImages(tmp_path / "A", tmp_path / "B", size=8, resize=16)
-    corners, flips, shown = set(), 0, [[], []]
-    for i in range(60):
-        for domain, x in enumerate(data[i]):
-            red, green, blue = ((x + 1) * 12.75).round()
-            flips += red[0, 0].item() > red[0, -1].item()
-            corners.add((red.min().item(), green.min().item()))
-            assert red.max() - red.min() == 7
-            assert (green[:, 0] == green[0, 0] + torch.arange(8)).all()
-            shown[domain].append(int(blue.max()))
-    assert 40 < flips < 80
-    assert {x for x, _ in corners} == {y for _, y in corners} == set(range(9))
-    for images, count in zip(shown, (6, 4)):  # every pass shows every image, in another order
-        passes = [images[i : i + count] for i in range(0, 60, count)]
-        assert all(sorted(p) == list(range(count)) for p in passes) and passes[0] != passes[1]
-
-
-def odd_images(folder):
-    """Images as people have them -> {name: (size, has transparency, red of the last pixel)}."""
-
-    def halves(mode, size, left, right):
-        image = Image.new(mode, size, left)
-        image.paste(right, (size[0] // 2, 0, *size))
-        return image
-
-    colour = halves("RGB", (40, 30), (250, 0, 0), (0, 0, 250))
-    clear, deep, exif = colour.convert("RGBA"), Image.new("I;16", (40, 30), 51400), Image.Exif()
-    clear.putalpha(halves("L", (40, 30), 0, 200))
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    big = Image.frombytes("I;16B", (40, 30), bytes([200, 200]) * 1200)
-    saved = {  # name: image, options of save(), red of the last pixel, 51400 is 200 * 257
-        "deep.png": (deep, {}, 200),
-        "eight-in-sixteen.png": (Image.new("I;16", (40, 30), 250), {}, 250),
-        "big-endian.tif": (big, {}, 200),
-        "float.tif": (Image.new("F", (40, 30), 0.8), {}, 204),
-        "sharpened.tif": (Image.new("F", (40, 30), 1.05), {}, 255),
-        "float255.tiff": (Image.new("F", (40, 30), 204), {}, 204),
-        "integer.tif": (Image.new("I", (40, 30), 51400), {}, 200),
-        "grey.jpg": (Image.new("L", (40, 30), 90), {}, 90),
-        "la.png": (clear.convert("LA"), {}, None),
-        "clear.png": (clear, {}, 0),
-        "clear.webp": (clear, {}, None),
-        "clear.tif": (clear, {}, 0),
-        "palette.gif": (colour.quantize(4), dict(transparency=1), 0),
-        "palette.png": (colour.quantize(4), dict(transparency=bytes([255, 0, 128, 7])), 0),
-        "key.png": (colour, dict(transparency=(250, 0, 0)), 0),
-        "cmyk.jpg": (colour.convert("CMYK"), {}, None),
-        "bit.png": (halves("1", (40, 30), 0, 1), {}, 255),
-        "turned.jpg": (colour, dict(exif=exif), None),
-        "one.png": (Image.new("RGB", (1, 1), (7, 8, 9)), {}, 7),
-        "narrow.bmp": (Image.new("RGB", (3, 200), (60, 70, 80)), {}, 60),
-        'it\'s a "photo" $HOME; ünï 写真.PNG': (colour, {}, 0),
-    }
-    for name, (image, settings, _) in saved.items():
-        image.save(folder / name, **settings)
-    alpha = {
-        "la.png",
-        "clear.png",
-        "clear.webp",
-        "clear.tif",
-        "palette.png",
-        "palette.gif",
-        "key.png",
-    }
-    return {
-        name: ((30, 40) if name == "turned.jpg" else image.size, name in alpha, red)
-        for name, (image, _, red) in saved.items()
-    }
-
-
-def test_odd_images_are_loaded(tmp_path):
-    odd = odd_images(tmp_path)
-    (tmp_path / ".hidden.png").write_bytes(b"as macOS leaves them")
-    (tmp_path / ".thumbnails").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / ".thumbnails" / "0.png")
-    (tmp_path / "notes.txt").write_text("not an image")
-    assert {path.name for path in aggan.list_images(tmp_path)} == set(odd)
-    for name, (size, transparent, red) in odd.items():
-        image, kept = aggan.load_image(tmp_path / name), aggan.load_image(tmp_path / name, None)
-        assert (image.mode, image.size, kept.size) == ("RGB", size, size), name
-        assert kept.mode == ("RGBA" if transparent else "RGB"), name
-        assert red is None or abs(image.getpixel((size[0] - 1, size[1] - 1))[0] - red) <= 1, name
-        assert min(aggan.load_image(tmp_path / name, size=36).size) == 36
-    turned = aggan.load_image(tmp_path / "turned.jpg")
-    assert turned.getpixel((0, 0))[0] > 200 and turned.getpixel((0, 39))[2] > 200
-
-
-def useless_images(folder):
-    """Files that are no use, by name."""
-
-    def chunk(name, data):
-        return (
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        )
-
-    def bomb(side):  # a PNG of a few bytes that says it is this large
-        header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-        data = chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-        return b"\x89PNG\r\n\x1a\n" + header + data
-
-    Image.new("RGB", (40, 30)).save(folder / "cut.jpg")
-    cut = (folder / "cut.jpg").read_bytes()
-    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n"
-    contents = {"text.png": b"not a picture", "empty.jpg": b"", "cut.jpg": cut[: len(cut) // 2]}
-    contents |= {"bomb.png": bomb(40000), "short.png": bomb(400), "program.png": program}
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    return sorted(contents)
-
-
-def test_numbers_of_no_known_scale_are_refused(tmp_path):
-    """Stretching each image by itself would make a dark one bright."""
-    ramp = [x / 63 for _ in range(8) for x in range(64)]
-    for name, mode, values in (
-        ("twelve bits", "I;16", [round(4095 * v) for v in ramp]),
-        ("metres", "F", [8.9 * v for v in ramp]),
-        ("signed", "F", [2 * v - 1 for v in ramp]),
-        ("nan", "F", [math.nan, *ramp[1:]]),
-        ("infinity", "F", [math.inf, *ramp[1:]]),
-        ("labels", "I", [round(v) for v in ramp]),
-    ):
-        image = Image.new("I" if mode[0] == "I" else "F", (64, 8))
-        image.putdata(values)
-        image.convert(mode).save(tmp_path / f"{name}.tif")
-        with pytest.raises(aggan.BadInput, match=f"{name}.tif: not a usable image .values "):
-            aggan.load_image(tmp_path / f"{name}.tif")
-
-
-def swapped_profile():
-    """A colour profile in which red is sRGB's green, and green its red."""
-    srgb = aggan.ImageCms.ImageCmsProfile(aggan.ImageCms.createProfile("sRGB")).tobytes()
-    for old, new in ((b"rXYZ", b"????"), (b"gXYZ", b"rXYZ"), (b"????", b"gXYZ")):
-        srgb = srgb.replace(old, new, 1)
-    return srgb.replace("sRGB".encode("utf-16-be"), "odd ".encode("utf-16-be"))
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
-def test_colours_of_a_profile_are_converted(tmp_path, mode):
-    path, colour = tmp_path / "wide.png", (60, 200, 70, 90)
-    image = Image.new("RGBA" if mode == "RGBA" else "RGB", (8, 8), colour)
-    image = image.quantize(4) if mode == "P" else image
-    image.save(path, icc_profile=swapped_profile())
-    for shown in (aggan.load_image(path), aggan.load_image(path, mode=None)):
-        expected = (200, 60, 70, 90)[: len(shown.getpixel((0, 0)))]
-        assert all(abs(x - y) <= 3 for x, y in zip(shown.getpixel((0, 0)), expected))
-        shown.save(tmp_path / "again.png")
-        assert "icc_profile" not in Image.open(tmp_path / "again.png").info
-    assert aggan.load_image(path, mode=None).mode == ("RGBA" if mode == "RGBA" else "RGB")
-    image.save(path, icc_profile=b"no profile")
-    assert aggan.load_image(path).getpixel((0, 0)) == image.convert("RGB").getpixel((0, 0))
-
-
-def test_what_is_left_out_is_said(trained, folders, capsys):
-    """Other kinds, dead links, further pages; links are followed, circles are not."""
-    mixed, far = folders / "mixed", folders / "far"
-    for folder in (mixed, far):
-        folder.mkdir()
-        Image.new("RGB", (40, 30), "green").save(folder / f"{folder.name}.png")
-    for link, place in (("far", far), ("circle", mixed), ("dead.png", folders / "nowhere")):
-        (mixed / link).symlink_to(place)
-    pages = [Image.new("RGB", (40, 30), (20 * i, 0, 0)) for i in range(3)]
-    pages[0].save(mixed / "pages.tif", save_all=True, append_images=pages[1:])
-    for name in ("1.HEIC", "2.HEIC", "3.jxl", "none"):
-        (mixed / name).write_bytes(b"ftypheic")
-    (mixed / ".hidden").write_bytes(b"")
-    names = [path.name for path in aggan.list_images(mixed)]
-    assert names == ["far.png", "mixed.png", "pages.tif"]
-
-    capsys.readouterr()
-    with pytest.raises(aggan.BadInput, match="^7 files left out, see above") as stopped:
-        aggan.translate(trained, [mixed], "b", folders / "new", device="cpu")
-    assert stopped.value.status == 1 and len(list((folders / "new").rglob("*.*"))) == 3
-    line, *more = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: left out: ") and not more
-    for part in (
-        "HEIC, not read by Pillow: convert it; 2",
-        "3.jxl",
-        "none (no suffix",
-        "dead link",
-    ):
-        assert part in line
-    for part in ("pages.tif (all but the first", "circle (linked once more"):
-        assert part in line
-    aggan.train(tiny(folders, a=str(mixed), steps=1, out=str(folders / "more")))
-    assert capsys.readouterr().err == line + "\n"
-    for path in aggan.list_images(far):
-        path.rename(path.with_suffix(".heif"))
-    with pytest.raises(aggan.BadInput, match="far: no images in this folder, only .heif"):
-        aggan.translate(trained, [far], "b", folders / "new", device="cpu")
-
-
-def test_useless_images_are_refused_by_name(tmp_path, monkeypatch):
-    from PIL import EpsImagePlugin
-
-    ran = lambda *_, **__: pytest.fail("ran a program")  # noqa: E731
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ran)
-    for name in useless_images(tmp_path):
-        with pytest.raises(aggan.BadInput) as error:
-            aggan.load_image(tmp_path / name)
-        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
-    Image.new("RGB", (1000, 9)).save(tmp_path / "strip.png")
-    with pytest.raises(aggan.BadInput, match="strip.png.*1000 x 9"):  # would be 32000 pixels long
-        aggan.load_image(tmp_path / "strip.png", size=286)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_training_goes_on_without_useless_images(folders, capfd, workers):
-    names = useless_images(folders / "trainA")
-    aggan.main(["train", *options(folders, workers=workers, steps=30)])
-    output = capfd.readouterr()
-    lines = output.err.splitlines()
-    assert len(lines) == len(names) and all("not a usable image" in line for line in lines)
-    for name in names:
-        assert sum(f"trainA/{name}: " in line for line in lines) == 1
-    assert f"{len(names)} training images were no use" in output.out and "step 30/30" in output.out
-
-
-def test_useless_images_do_not_change_the_order(folders):
-    names = useless_images(folders / "trainA")
-    first, second = (
-        aggan.UnpairedImages(folders / "trainA", folders / "trainB", 32, 36) for _ in "12"
-    )
-    pairs = {i: first[i][0] for i in range(40)}
-    for i in reversed(range(40)):  # as after a resume: other files have been met
-        assert torch.equal(second[i][0], pairs[i])
-    assert int(first.useless["a"].sum()) == len(names) and int(first.useless["b"].sum()) == 0
-
-
-def test_a_folder_without_one_usable_image(folders, capfd):
-    """The error of a loading process gets one line, too."""
-    for path in (folders / "trainB").iterdir():
-        path.write_text("not a picture")
-    with pytest.raises(SystemExit, match="2"):
-        aggan.main(["train", *options(folders, workers=1)])
-    *lines, last = capfd.readouterr().err.splitlines()
-    assert last == f"aggan.py: {folders}/trainB: not one usable image"
-    assert len(lines) == 3 and all("not a usable image" in line for line in lines)
-
-
-def test_mini_set_is_what_its_script_draws(tmp_path):
-    draw = script("draw")
-    draw.draw_set(tmp_path / "first", train=1, test=1)
-    draw.draw_set(tmp_path / "second", train=1, test=1)
-    files = sorted(p.relative_to(tmp_path / "first") for p in (tmp_path / "first").rglob("*.*"))
-    assert len(files) == 2 * (1 + 1 + 1)
-    for file in files:
-        first, second = (tmp_path / name / file for name in ("first", "second"))
-        assert first.read_bytes() == second.read_bytes()
-        drawn, committed = pixels_of(first), pixels_of(aggan.DATA / file)
-        assert drawn.shape == (3, 128, 128)
-        assert (drawn - committed).abs().mean() < 0.01  # another Pillow may round otherwise
-
-    scenes = [draw.draw_scene("testA0", False, textured=kind) for kind in (False, True, True)]
-    (plain, mask), (textured, same_mask), (again, _) = scenes
-    assert textured.tobytes() == again.tobytes() and mask.tobytes() == same_mask.tobytes()
-    assert (aggan.to_tensor(plain) - aggan.to_tensor(textured)).abs().mean() > 0.1
-
-
-def test_mini_set_masks_match_their_images():
-    for domain in "AB":
-        images, masks = (aggan.list_images(aggan.DATA / (k + domain)) for k in ("test", "masks"))
-        assert [p.stem for p in images] == [p.stem for p in masks] and len(images) == 60
-        assert len(aggan.list_images(aggan.DATA / ("train" + domain))) == 300
-        area = torch.stack([pixels_of(path) for path in masks]).gt(0).float().mean()
-        assert 0.05 < area < 0.3
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A server on this machine; its folder and its address. It breaks off in the maps."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-        def copyfile(self, source, target):
-            content = source.read()
-            target.write(content[: len(content) // 2] if "maps" in self.path else content)
-
-    monkeypatch.setenv("no_proxy", "*")
-    root = tmp_path / "server"
-    root.mkdir()
-    handler = functools.partial(Handler, directory=root)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
-        yield root, f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
-
-
-def test_download(folders, server, capsys):
-    root, host = server
-    here, parts, download = (
-        folders / "my data",
-        ("trainA", "trainB", "testA", "testB"),
-        script("download"),
-    )
-
-    def get(name, *more, fails=""):
-        with pytest.raises(SystemExit) if fails else contextlib.nullcontext() as stopped:
-            download.main([name, "--folder", str(here), "--host", host, *more])
-        output = capsys.readouterr()
-        assert not fails or stopped.value.code == 2 and fails in output.err.splitlines()[-1]
-        return output.out
-
-    def archive(name, parts):
-        with zipfile.ZipFile(root / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as file:
-            for part in parts:
-                for image in sorted((folders / part).iterdir()):
-                    file.write(image, f"{name}/{part}/{image.name}")
-        return root / f"{name}.zip"
-
-    archive("horse2zebra", parts)
-    said = get("horse2zebra").split("aggan.py ")[1]
-    for part in parts:
-        for image in (folders / part).iterdir():
-            copy = here / "horse2zebra" / part / image.name
-            assert copy.read_bytes() == image.read_bytes()
-    a, b = shlex.split(said)[2::2]
-    aggan.main([*shlex.split(said), *options(folders, a=a, b=b, steps=1)])
-    (here / "horse2zebra" / "mine.txt").write_text("kept")
-    get("horse2zebra", fails="exists already")
-    archive("apple2orange", parts[:3])
-    get("apple2orange", fails="has no testB")
-    whole = archive("facades", parts).read_bytes()
-    for place in range(50, len(whole) - 1, len(whole) // 10):  # in contents, in the list of files
-        spoilt = whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :]
-        (root / "facades.zip").write_bytes(spoilt)
-        get("facades", fails="facades.zip: ")
-    archive("maps", parts)
-    get("maps", fails="maps.zip: did not arrive whole")
-    get("monet2photo", fails="monet2photo.zip: not downloaded (HTTP Error 404")
-    get("cats2dogs", fails="invalid choice: 'cats2dogs' (choose from")
-    get("ukiyoe2photo", "--host", "http://127.0.0.1:9", fails="ukiyoe2photo.zip: not downloaded (")
-    assert [p.name for p in here.iterdir()] == ["horse2zebra"]
-    assert (here / "horse2zebra" / "mine.txt").read_text() == "kept"
-    text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `(\w+)` \|.* [GM]B \|$", text, re.M)) == set(download.SETS)
-
-
-# ---------- 10. Training ----------
-
-
-def columns(run):
-    """Of log.csv, all but the speed."""
-    rows = [row.split(",") for row in (run / "log.csv").read_text().splitlines()]
-    return [row[:2] + row[3:] for row in rows]
-
-
-def figures_of(run, name):
-    header, *rows = [row.split(",") for row in (run / "log.csv").read_text().splitlines()]
-    return [float(row[header.index(name)]) for row in rows]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(curriculum="ramp"),
-        dict(model="scheme1", objective="released"),
-        dict(head="pooled", norm="batch"),
-        dict(gan="vanilla", batch_size=2, pool=0, upsample="transposed"),
-    ],
-)
-def test_train_leaves_a_run_folder(folders, capsys, changes):
-    run = aggan.train(tiny(folders, steps=3, size=64, resize=64, **changes))
-    said = capsys.readouterr().out.splitlines()
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoint.pt", "log.csv", "samples"]
-    assert sorted(p.name for p in (run / "samples").iterdir()) == ["0000002.png", "0000003.png"]
-    assert said[0] == "5 images of A, 3 of B; in an epoch each of A comes 1 x, each of B 1.67 x"
-    assert len(said) == 3 and "step 3/3" in said[2]
-    for figure in ("pairs/s", "left", "gan ", "cycle ", "attention_ab ", "attention_ba "):
-        assert figure in said[2]
-
-    config, rates = aggan.load_checkpoint(run)["config"], figures_of(run, "rate")
-    expected = [aggan.learning_rate(config, step / 3) for step in (1, 2)]  # of steps 2 and 3
-    assert rates == pytest.approx(expected, rel=1e-4) and figures_of(run, "step") == [2, 3]
-    rs = figures_of(run, "r_ab")
-    assert all(0.01 - 1e-6 <= r <= 0.5 for r in rs)
-    if config.curriculum == "ramp":  # means of steps 1 and 2, and of step 3
-        assert rs == pytest.approx([(0.01 + 0.5 / 3) / 2, 0.5 * 2 / 3], rel=1e-4)
-    for name in (run / "log.csv").read_text().splitlines()[0].split(","):
-        assert all(map(math.isfinite, figures_of(run, name)))
-
-    # the grid's last panel is the translation of the input beside it
-    grid = pixels_of(run / "samples" / "0000003.png")
-    assert grid.shape == (3, 4 * 66 + 2, 8 * 66 + 2)
-    x, shown = (grid[:, 2:66, 66 * k + 2 : 66 * k + 66] for k in (4, 7))
-    drawn = aggan.load_generators(run, CPU)[0]["g_ba"](x[None]).image[0]
-    assert (shown - drawn).abs().max() < 0.03  # after rounding both to 8 bits
-
-
-def test_panels():
-    x, attention, content = random_translation(n=3)
-    t = Translation(aggan.fuse(x, attention, content), attention, content)
-    shown = aggan.panels(Fixed(t), x)
-    assert shown.shape == (2, 4, 3, 5, 6)
-    assert torch.equal(shown[:, 0], x) and torch.equal(shown[:, 3], t.image)
-    # by Eq. (1) the image is the content shown where the foreground is, elsewhere the input
-    foreground = shown[:, 1] / 2 + 0.5
-    fused = foreground * shown[:, 2] + (1 - foreground) * x
-    torch.testing.assert_close(fused, t.image, atol=1e-4, rtol=0)
-
-
-def test_log_holds_means_of_the_steps(folders):
-    config = tiny(folders, steps=4, log_every=4)
-    run = aggan.train(config)
-    trainer = aggan.Trainer(config, 4, CPU)
-    data = aggan.UnpairedImages(config.a, config.b, 32, 36, config.seed)
-    cycle = [trainer.step(*(x[None] for x in data[i]))["cycle"].item() for i in range(4)]
-    assert figures_of(run, "cycle") == pytest.approx([sum(cycle) / 4], rel=1e-4)
-
-
-def test_same_seed_same_weights(folders):
-    runs = [
-        weights(aggan.train(tiny(folders, steps=3, seed=seed, out=str(folders / name))))
-        for name, seed in (("first", 5), ("second", 5), ("third", 6))
-    ]
-    assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
-
-
-@pytest.mark.parametrize(
-    "model, norm, workers, save_every",
-    [("scheme2", "instance", 1, 3), ("scheme2", "batch", 0, 100), ("mejjati", "batch", 0, 3)],
-)
-def test_resume_equals_the_uninterrupted_run(
-    folders, monkeypatch, model, norm, workers, save_every
-):
-    changes = dict(steps=9, pool=2, model=model, norm=norm, save_every=save_every, workers=workers)
-    whole = aggan.train(tiny(folders, **changes))
-    config = tiny(folders, **changes, out=str(folders / "killed"))
-    step = aggan.Trainer.step
-
-    def killed(trainer, *batch):
-        if trainer.done == 5:  # after the log's row of step 4, the checkpoint of step 3, if any
-            raise KeyboardInterrupt
-        return step(trainer, *batch)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(aggan.Trainer, "step", killed)
-        aggan.train(config)
-    resumed = aggan.train(config, resume=True)
-    first, second = (aggan.load_checkpoint(run) for run in (whole, resumed))
-    for name in ("nets", "curriculum"):
-        assert same(first["parts"][name], second["parts"][name])
-    for name in ("opt_g", "opt_d"):
-        states = [state["parts"][name]["state"].values() for state in (first, second)]
-        assert states[0] and all(same(*pair) for pair in zip(*states, strict=True))
-    assert torch.equal(first["random"], second["random"])
-    for one, other in zip(first["pools"], second["pools"]):
-        assert len(one) == 2
-        assert all(torch.equal(x, y) for p, q in zip(one, other) for x, y in zip(p, q))
-    assert columns(whole) == columns(resumed)
-    assert [row[0] for row in columns(whole)] == ["step", "2", "4", "6", "8", "9"]
-
-
-def test_a_run_goes_on_further(folders, capsys):
-    """From then on it is the longer run: rate and r are those of its step there."""
-    out, given = folders / "run", options(folders, steps=4)
-    aggan.main(["train", *given])
-    for more, total in ((("--steps", 8), 8), (("--epochs", 2), 10)):
-        aggan.main(["train", "--out", str(out), "--resume", *map(str, more), "--device", "cpu"])
-        assert f"step {total}/{total}" in capsys.readouterr().out
-        rate = aggan.learning_rate(aggan.load_checkpoint(out)["config"], (total - 1) / total)
-        assert figures_of(out, "rate")[-1] == pytest.approx(rate, rel=1e-4)
-    assert figures_of(out, "step") == [2, 4, 6, 8, 10]
-    again = ["train", "--out", out, "--resume", "--device", "cpu"]
-    assert "6 steps, of which 10 are done" in refusal([*again, "--steps", 6], capsys)
-    assert "5 steps, of which 10 are done" in refusal([*again, "--epochs", 1], capsys)
-    for image in ("0.png", "1.png"):  # the run keeps its length
-        (folders / "trainA" / image).unlink()
-    aggan.main([*map(str, again), "--epochs", "2"])
-    assert "trainA: 2 names are not as in" in capsys.readouterr().err
-
-
-def test_a_run_goes_on_elsewhere(folders, capsys):
-    new = [folders / "else" / f"train{domain}" for domain in "AB"]
-    aggan.main(["train", *options(folders, steps=2, out=folders / "old")])
-    (folders / "else").mkdir()
-    for place in new:
-        (folders / place.name).rename(place)
-    (folders / "old").rename(folders / "else" / "run")
-    given = ["train", "--out", folders / "else" / "run", "--resume", "--steps", 4]
-    given += ["--device", "cpu", "--a", new[0], "--b"]
-    aggan.main([*map(str, given), str(new[1])])
-    output = capsys.readouterr()
-    assert f"the same images, now in {new[0]} and {new[1]}" in output.out and output.err == ""
-    (new[1] / "2.png").rename(new[1] / "other.png")
-    new[1].rename(new[1].with_name("B"))
-    error = refusal([*given, new[1].with_name("B"), "--steps", 6], capsys)
-    assert "else/B: 2 names are not as in" in error and "such as 2.png" in error
-
-
-def test_a_run_starts_from_another(trained, folders, capsys):
-    given = ["train", *options(folders, steps=1, out=folders / "new"), "--init", trained]
-    aggan.main([*map(str, given), "--lr", "0"])
-    assert same(weights(trained), weights(folders / "new"))
-    shutil.rmtree(folders / "new")
-    capsys.readouterr()
-    for other, words in (
-        (["--width", 8], "size mismatch for g_ab.encoder.0.0.weight"),
-        (["--objective", "released"], r"Unexpected key.*d_a.paired"),
-        (["--init", folders], "no checkpoint.pt here"),
-    ):
-        assert re.search(words, refusal([*given, *other], capsys))
-    assert not (folders / "new").exists()
-
-
-@needs_posix
-def test_two_runs_in_one_folder(folders, started, capsys):
-    """The second is refused; a killed one stops nobody, though its loading process lives on."""
-    again = ["train", *options(folders, steps=9000, workers=1), "--resume"]
-    process = started(*again)
-    while not (folders / "run" / "checkpoint.pt").exists():
-        process.join(0.05)
-        assert process.is_alive()
-    assert "another process trains there" in refusal(again, capsys)
-    process.kill()
-    process.join()
-    done = aggan.load_checkpoint(folders / "run")["step"]
-    aggan.main([*again, "--workers", "0", "--steps", str(done + 1)])
-
-
-def test_a_log_that_is_held_is_written_later(folders, monkeypatch, capsys):
-    log, step = folders / "run" / "log.csv", aggan.Trainer.step
-    log.mkdir(parents=True)  # as little to be written as one that a spreadsheet holds
-
-    def freed(trainer, *batch):
-        if trainer.done == 5:
-            log.rmdir()
-        return step(trainer, *batch)
-
-    monkeypatch.setattr(aggan.Trainer, "step", freed)
-    config = tiny(folders, steps=8)
-    aggan.train(config, resume=True)
-    assert figures_of(folders / "run", "step") == [2, 4, 6, 8]
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 2 and all("log.csv: cannot be written" in line for line in errors)
-
-
-def test_train_in_a_thread(folders):
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        run = pool.submit(aggan.train, tiny(folders, steps=2, workers=1)).result()
-    assert aggan.load_checkpoint(run)["step"] == 2
-
-
-@needs_posix
-def test_a_lost_loading_process_is_reported_and_the_run_saved(folders, started, capfd):
-    given = options(folders, steps=9000, save_every=9000, workers=1)
-    process = started("train", *given)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while process.is_alive() and not (folders / "run" / "log.csv").exists():
-        process.join(0.05)
-    if not children.exists():
-        process.kill()
-        pytest.skip("needs /proc")
-    for child in children.read_text().split():
-        os.kill(int(child), signal.SIGKILL)
-    process.join(60)
-    error = capfd.readouterr().err
-    assert aggan.load_checkpoint(folders / "run")["step"] > 1
-    assert process.exitcode == 1 and error.count("\n") == 1, error
-    line, reason = error.strip().split(" --workers: ")
-    assert "a loading process is lost, --resume goes on, with fewer" in line
-    assert re.match(r"DataLoader|\[Errno \d", reason)  # which depends on the moment of the kill
-
-
-def test_home_and_an_empty_test_folder(folders, monkeypatch):
-    monkeypatch.setenv("HOME", str(folders))
-    for path in (folders / "testA").iterdir():
-        path.unlink()
-    (folders / "testA" / ".gitkeep").touch()
-    aggan.main(["train", *options(folders, steps=1, a="~/trainA", out="~/here")])
-    assert aggan.load_checkpoint(folders / "here")["config"].a == str(folders / "trainA")
-
-
-def test_collapse_is_reported(folders, capsys, monkeypatch):
-    for model, value, words in (
-        ("scheme2", 0.001, "g_ab copies its input, or nearly"),
-        ("mejjati", 0.98, "g_ab repaints everything, or nearly"),
-        ("scheme2", 0.3, None),
-        ("cyclegan", 1.0, None),
-        ("guided", 0.001, None),
-    ):
-        trainer = aggan.Trainer(dataclasses.replace(FINAL, model=model), 10, CPU)
-        trainer.names = ["attention_ab", "attention_ba"]
-        trainer.done, trainer.rows = 3, [torch.full((2,), value)] * 3
-        aggan.write_progress(trainer, folders, 5, 0.1)
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == (2 if words else 0)
-        if words:
-            assert lines[0].startswith(f"warning: attention_ab is {value:.4f}: {words}")
-
-
-def test_pictures(folders):
-    pictures, length = script("pictures"), dict(steps=2, log_every=1)
-    runs = {
-        model: aggan.train(tiny(folders, model=model, out=str(folders / model), **length))
-        for model in ("scheme2", "cyclegan")
-    }
-    pictures.draw(runs, folders, steps=(0, 2))
-    side = 2 * 32 + 2  # tiles at twice the size
-    strip, family, attention, chart = (
-        Image.open(folders / f"{name}.png").convert("RGB")
-        for name in ("strip", "family", "attention", "chart")
-    )
-    assert strip.size == (8 * side, 16 + 2 * side) and family.height == 16 + 2 * side
-    assert attention.size == (3 * 34, 16 + 2 * 34)
-    grid = Image.open(runs["scheme2"] / "samples" / "0000002.png").convert("RGB")
-    tile = grid.crop((2, 2, 34, 34)).resize((64, 64), Image.Resampling.BICUBIC)
-    drawn = strip.crop((0, 16, 64, 80))  # quantised to 256 colours
-    assert (aggan.to_tensor(tile) - aggan.to_tensor(drawn)).abs().mean() < 0.1
-    end = pictures.place(1, figures_of(runs["scheme2"], "attention_ab")[-1])  # of its curve
-    colour = ImageColor.getrgb(pictures.CURVES["attention_ab"])
-    assert chart.getpixel((round(end[0]) - 1, round(end[1]))) == colour
-    left = family.width - 6 * side  # the masks: CycleGAN's is white
-    masks = [
-        family.crop((left + side, top, left + 2 * side - 2, top + side - 2)).convert("L")
-        for top in (16, 16 + side)
-    ]
-    assert masks[0].getextrema()[0] < 250 and masks[1].getextrema()[0] > 250
-
-
-def test_tensorboard(folders, monkeypatch):
-    name = "tensorboard.backend.event_processing.event_accumulator"
-    accumulator = pytest.importorskip(name)
-    run = aggan.train(tiny(folders, steps=5, tensorboard=True))
-    events = accumulator.EventAccumulator(str(run / "tensorboard")).Reload()
-    for name in ("step", "gan", "attention_ab"):
-        shown = events.Scalars(name)
-        assert [event.step for event in shown] == [2, 4, 5]
-        values = [event.value for event in shown]
-        assert values == pytest.approx(figures_of(run, name), rel=1e-4)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(aggan.BadInput, match="pip install tensorboard"):
-        aggan.train(tiny(folders, steps=2, tensorboard=True, out=str(folders / "new")))
-
-
-@needs_posix
-def test_kills_lose_only_the_steps_since_the_last_checkpoint(folders, started):
-    """A run of eight SIGKILLs, at any moment, ends as one that was never stopped."""
-    changes = dict(steps=90, save_every=3, pool=2, model="scheme1", blocks=0, l_paired=0.0)
-    whole = aggan.train(tiny(folders, **changes))
-    out, numbers, killed = folders / "killed", random.Random(0), 0
-    run = ["train", *options(folders, **changes, out=out), "--resume"]
-    log = out / "log.csv"
-    while killed < 8:
-        before = log.stat().st_mtime_ns if log.exists() else 0
-        process = started(*run)
-        while process.is_alive() and (not log.exists() or log.stat().st_mtime_ns == before):
-            process.join(0.02)  # until it trains
-        process.join(numbers.uniform(0, 0.3))
-        process.kill()
-        process.join()
-        killed += process.exitcode == -signal.SIGKILL
-        if process.exitcode == 0:  # it was faster: from the start
-            shutil.rmtree(out)
-    assert aggan.load_checkpoint(out)["step"] > 0
-    aggan.main(run)
-    assert same(weights(whole), weights(out)) and columns(whole) == columns(out)
-    names = [sorted(p.name for p in there.rglob("*")) for there in (whole, out)]
-    assert names[0] == names[1]
-
-
-@needs_posix
-def test_signals_finish_the_step_and_save(folders, started, capfd):
-    """... though they reach the loading process too, as a terminal's do."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)  # the tests may run under nohup
-    for number in numbers:
-        out = folders / f"{number}"
-        given = options(folders, steps=9000, save_every=9000, workers=1, out=out)
-        process = started("train", *given)
-        os.setpgid(process.pid, process.pid)
-        while process.is_alive() and not (out / "log.csv").exists():
-            process.join(0.02)
-        os.killpg(process.pid, number)
-        process.join(60)
-        assert process.exitcode == 128 + number
-        done = aggan.load_checkpoint(out)["step"]
-        line = f"aggan.py: stopped after step {done}, saved; goes on with --resume\n"
-        assert capfd.readouterr().err == line
-
-
-def test_handlers_return(folders):
-    before = signal.getsignal(signal.SIGINT)
-    with aggan.stop_signals() as seen:
-        signal.raise_signal(signal.SIGINT)
-        assert seen == [signal.SIGINT] and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.parametrize("where", ["loss", "weight"])
-def test_numbers_that_are_not_finite_stop_the_run(folders, capsys, monkeypatch, where):
-    step = aggan.Trainer.step
-
-    def spoilt(trainer, *batch):
-        bias = trainer.nets["g_ba"].content_decoder[-1].bias.data
-        if trainer.done == 6 and where == "loss":  # in the seventh step, F(x) is not a number
-            bias[0] = math.nan
-        figures = step(trainer, *batch)
-        if trainer.done == 8 and where == "weight":  # that step's losses are finite still
-            bias[0] = math.inf
-        return figures
-
-    monkeypatch.setattr(aggan.Trainer, "step", spoilt)
-    error = refusal(["train", *options(folders, steps=24, save_every=4)], capsys, status=1)
-    words = "gan is not finite" if where == "loss" else "g_ba.content_decoder.2.bias is not finite"
-    assert words in error and "--lr" in error and "--precision fp32" in error
-    state = aggan.load_checkpoint(folders / "run")
-    assert state["step"] == 4 and all(w.isfinite().all() for w in state["parts"]["nets"].values())
-    assert [row[0] for row in columns(folders / "run")][-1] in ("4", "6")
-
-
-@pytest.mark.parametrize(
-    "error, known",
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), True),
-        (MemoryError(), True),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
-        (RuntimeError("index 5 is out of bounds for dimension 0 with size 3"), False),
-        (RuntimeError("CUDA error: an illegal memory access"), False),
-    ],
-)
-def test_out_of_memory_gets_one_line(monkeypatch, capsys, error, known):
-    def train(*_):
-        raise error
-
-    monkeypatch.setattr(aggan, "train", train)
-    if known:
-        assert "out of memory: train needs less with" in refusal(["train"], capsys)
-    else:
-        with pytest.raises(RuntimeError, match=re.escape(str(error))):
-            aggan.main(["train"])
-
-
-def test_a_run_from_before_an_option_was_there(trained):
-    file = trained / "checkpoint.pt"
-    state = torch.load(file, weights_only=True)
-    assert state["config"].pop("l_copy") == 1.0
-    torch.save(state, file)
-    assert aggan.load_checkpoint(trained)["config"].l_copy == 1.0
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own, of 4 MB; skips the test where mounting is not allowed."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
-    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_a_full_disk_leaves_the_old_checkpoint_whole(folders, small_disk, capsys, monkeypatch):
-    changes = dict(steps=12, save_every=4, pool=2)
-    given = options(folders, **changes, out=small_disk / "run")
-    step, filler = aggan.Trainer.step, small_disk / "filler"
-
-    def filling(trainer, *batch):
-        if trainer.done == 6:
-            with contextlib.suppress(OSError), open(filler, "wb") as file:
-                while True:
-                    file.write(bytes(1 << 12))
-        return step(trainer, *batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(aggan.Trainer, "step", filling)
-        with pytest.raises(SystemExit, match="2"):
-            aggan.main(["train", *given])
-    error = capsys.readouterr().err.splitlines()[-1]  # after warnings of the log and the grid
-    assert re.search(r"run/checkpoint.pt: cannot be written \(.*No space left on device", error)
-    assert aggan.load_checkpoint(small_disk / "run")["step"] == 4
-    assert not list((small_disk / "run").rglob(".*"))
-    filler.unlink()
-    aggan.main(["train", *given, "--resume"])
-    whole = aggan.train(tiny(folders, **changes))
-    assert same(weights(whole), weights(small_disk / "run"))
-
-
-def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path):
-    def save(file):
-        file.write(b"half")
-        raise RuntimeError("unexpected pos")
-
-    (tmp_path / "there.pt").write_bytes(b"whole")
-    (tmp_path / "link.pt").symlink_to(tmp_path / "there.pt")
-    with pytest.raises(aggan.BadInput, match=r"there.pt: cannot be written \(unexpected pos"):
-        aggan.write_whole(tmp_path / "link.pt", save)
-    assert (tmp_path / "there.pt").read_bytes() == b"whole" and len(list(tmp_path.iterdir())) == 2
-    aggan.write_whole(tmp_path / "link.pt", lambda file: file.write(b"new"))
-    assert (tmp_path / "link.pt").is_symlink() and (tmp_path / "there.pt").read_bytes() == b"new"
-
-
-def test_a_run_goes_on_without_a_screen(folders, monkeypatch):
-    def closed(*_, **__):
-        raise BrokenPipeError
-
-    monkeypatch.setattr("builtins.print", closed)
-    (folders / "trainA" / "0.png").write_text("not a picture")
-    run = aggan.train(tiny(folders, steps=4))
-    assert aggan.load_checkpoint(run)["step"] == 4 and len(columns(run)) == 3
-
-
-def test_memory_and_files_stay_flat(folders, monkeypatch):
-    """Over 30 steps with lines, grids and checkpoints, after 50 that fill pools and caches."""
-    if not Path("/proc/self/statm").exists():
-        pytest.skip("needs Linux")
-    used, step = [], aggan.Trainer.step
-
-    def watched(trainer, *batch):
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        used.append((pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir("/proc/self/fd"))))
-        return step(trainer, *batch)
-
-    monkeypatch.setattr(aggan.Trainer, "step", watched)
-    aggan.train(tiny(folders, steps=80, pool=5, save_every=10))
-    (early, files), (late, more) = (map(max, zip(*used[k:])) for k in (30, 60))
-    early = max(memory for memory, _ in used[30:50])
-    assert late < early + 4 and more <= files
-
-
-class Evil:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
-def test_bad_checkpoints_get_one_line(folders, capsys):
-    run = aggan.train(tiny(folders, steps=2))
-    capsys.readouterr()
-    file, evil, new = run / "checkpoint.pt", folders / "evil", folders / "new"
-    whole = file.read_bytes()
-
-    def change(where, name, value):
-        def spoil():
-            state = torch.load(file, weights_only=True)
-            (state[where] if where else state)[name] = value
-            torch.save(state, file)
-
-        return spoil
-
-    def moments():  # which Adam would take to be as large as the weights
-        state = torch.load(file, weights_only=True)
-        state["parts"]["opt_g"]["state"][0]["exp_avg"] = torch.zeros(1)
-        torch.save(state, file)
-
-    small_pools = [[(torch.zeros(3, 8, 8), torch.zeros(1, 8, 8))], []]
-    only_training = [moments, change("", "pools", small_pools), change("", "step", -1)]
-    version = f"of format {aggan.FORMAT + 1}, this program's is {aggan.FORMAT}"
-    for spoil, words in (
-        *((spoil, "not a checkpoint") for spoil in only_training),
-        (lambda: file.write_bytes(b""), "not a checkpoint"),
-        (lambda: file.write_bytes(whole[: len(whole) // 2]), "not a checkpoint"),
-        (lambda: file.write_bytes(whole[:5000] + b"????" + whole[5004:]), "not a checkpoint"),
-        (lambda: torch.save([1, 2], file), "not a checkpoint"),
-        (lambda: torch.save({"format": aggan.FORMAT, "config": Evil(evil)}, file), "not a check"),
-        (lambda: torch.save(Evil(evil), file), "not a checkpoint"),
-        (change("", "format", aggan.FORMAT + 1), version),
-        (change("config", "model", "vae"), "--model vae: must be one of"),
-        (change("config", "blocks", 2**31), "--blocks"),
-        (change("config", "width", 8), "size mismatch for g_ab"),
-        (change("config", "lr", "fast"), "not a checkpoint"),
-        (change("parts", "nets", {}), "not a checkpoint"),
-        (change("parts", "nets", 7), "not a checkpoint"),
-    ):
-        file.write_bytes(whole)
-        spoil()
-        spoilt = file.read_bytes()
-        translate = ["translate", run, folders / "testA", "--to", "b", "--out", new]
-        for arguments in (translate, ["train", "--resume", "--out", run]):
-            if arguments is translate and spoil in only_training:
-                continue
-            error = refusal([*arguments, "--device", "cpu"], capsys)
-            assert words in error and str(run) in error, error
-        assert file.read_bytes() == spoilt and not evil.exists() and not new.exists()
-
-
-def mutation(content, numbers):
-    """The bytes, changed in a place, or shortened, or with a part twice or of zeros."""
-    content, length = bytearray(content), numbers.randrange(1, 64)
-    place, kind = numbers.randrange(len(content)), numbers.randrange(4)
-    if kind == 0:
-        content[place : place + length] = numbers.randbytes(length)
-    elif kind == 1:
-        content[place : place + length] = bytes(length)
-    elif kind == 2:
-        content[place:place] = content[place : place + length]
-    else:
-        del content[max(1, place) :]
-    return bytes(content)
-
-
-def test_thirty_damaged_checkpoints(folders):
-    """A run goes on from each, or names it; and leaves it alone."""
-    run = aggan.train(tiny(folders, steps=2, blocks=0, model="scheme1", l_paired=0.0))
-    numbers, file, refused = random.Random(1), run / "checkpoint.pt", 0
-    whole = file.read_bytes()
-    for i in range(30):
-        file.write_bytes(mutation(whole, numbers))
-        content = file.read_bytes()
-        try:
-            if i % 2:
-                aggan.run_train(resume=True, out=str(run), device="cpu")
-            else:
-                image = folders / "testB" / "0.png"
-                aggan.translate(run, [image], "a", folders / "new", device="cpu")
-        except aggan.BadInput as error:
-            assert error.status == 2 and str(run) in str(error) and "\n" not in str(error)
-            refused += 1
-        assert file.read_bytes() == content
-    assert refused > 20
-
-
-class Replay:
-    """Stands for a CUDA graph on the CPU.
-
-    A replay runs the function again, on the tensors that it was recorded with, and leaves outputs
-    and gradients in the memory of the recording.
+    Outputs and gradients are left in the memory of the recording.
     """
 
-    def pool(self):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
     def replay(self):
-        gradients = [p.grad for p in self.parameters]
+        gradients, leaves = [p.grad for p in self.parameters], torch.utils._pytree.tree_leaves
         new = self.function(*self.inputs)
         for old, p in zip(gradients, self.parameters):
             old.copy_(p.grad)
             p.grad = old
-        leaves = torch.utils._pytree.tree_leaves
         for old, tensor in zip(leaves(self.outputs), leaves(new), strict=True):
             old.copy_(tensor)
 
 
 def recorded_trainer(config, monkeypatch, fail=False):
     """A trainer on the CPU whose gradients are recorded by the code for CUDA."""
-    current = []
-
-    def graph():
-        current.append(Replay())
-        return current[-1]
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    graphs = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(Replay()) or graphs[-1])
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, *_, **__: graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     trainer = aggan.Trainer(config, 40, CPU)
@@ -1915,109 +948,52 @@ def recorded_trainer(config, monkeypatch, fail=False):
     def recording(function, parameters):
         def called(*inputs):
             outputs = function(*inputs)
-            if current and not hasattr(current[-1], "function"):  # this call is the recording
-                current[-1].function = function
+            if graphs and not hasattr(graphs[-1], "function"):  # this call is the recording
+                graph = graphs[-1]
+                graph.function, graph.inputs, graph.outputs = function, inputs, outputs
+                graph.parameters = [p for p in parameters if p.grad is not None]
                 if fail:
                     raise RuntimeError("operation not permitted\nwhen stream is capturing")
-                graph = current[-1]
-                graph.inputs, graph.outputs = inputs, outputs
-                graph.parameters = [p for p in parameters if p.grad is not None]
             return outputs
 
-        return aggan.Recorded(called, trainer.nets.buffers())
+        return aggan.Recorded(called, parameters, list(trainer.nets.buffers()))
 
-    g, d = trainer.generator_gradients, trainer.discriminator_gradients
-    trainer.generator_gradients = recording(g, trainer.g_parameters)
-    trainer.discriminator_gradients = recording(d, trainer.d_parameters)
-    trainer.graphs = [trainer.generator_gradients, trainer.discriminator_gradients]
+    g = recording(trainer.generator_gradients, trainer.g_parameters)
+    d = recording(trainer.discriminator_gradients, trainer.d_parameters)
+    trainer.generator_gradients, trainer.discriminator_gradients = trainer.recorded = [g, d]
     return trainer
 
 
-def steps(trainer, count):
+def figures_after(trainer, count):
     """Random batches, the same at each call, and the figures of their steps."""
     torch.manual_seed(1)
     numbers = torch.Generator().manual_seed(2)
     batches = (torch.rand(2, 2, 3, 32, 32, generator=numbers) * 2 - 1 for _ in range(count))
-    return [
-        {k: v.item() for k, v in trainer.step(*batch.to(trainer.device)).items()}
-        for batch in batches
-    ]
+    figures = [trainer.step(*batch.to(trainer.device)) for batch in batches]
+    return [{k: v.item() for k, v in step.items()} for step in figures]  # read at the end
 
 
-@pytest.mark.parametrize("config, graphs", [(FINAL, 2), (MEJJATI, 2)])
-def test_a_graph_steps_as_without(monkeypatch, config, graphs):
-    """The code around a recording: inputs, outputs, pools, gradients, Mejjati's switch."""
-    config = dataclasses.replace(config, pool=3)
-    plain, recorded = aggan.Trainer(config, 40, CPU), recorded_trainer(config, monkeypatch)
-    assert steps(plain, 18) == steps(recorded, 18)
-    assert same(plain.nets.state_dict(), recorded.nets.state_dict())
-    assert all(isinstance(g.graph, Replay) for g in recorded.graphs)
-    assert all(map(torch.equal, plain.rows, recorded.rows))  # replays have not overwritten them
+@pytest.mark.parametrize("wrong", ["", "Mejjati's switch", "recording", "output", "gradient"])
+def test_a_graph_steps_as_without(monkeypatch, capsys, wrong):
+    """It is recorded anew at the switch; not used if it fails, or results or gradients differ."""
+    config = dataclasses.replace(MEJJATI if "switch" in wrong else FINAL, pool=3, norm="batch")
+    plain, replay = aggan.Trainer(config, 40, CPU), Replay.replay
+    recorded = recorded_trainer(config, monkeypatch, fail=wrong == "recording")
 
-
-def test_a_recording_that_fails_goes_on_eagerly(monkeypatch, capsys):
-    plain, recorded = aggan.Trainer(FINAL, 40, CPU), recorded_trainer(FINAL, monkeypatch, fail=True)
-    assert steps(plain, 8) == steps(recorded, 8)
-    error = capsys.readouterr().err
-    assert error.count("no CUDA graph, going on without: ") == error.count("\n") == 2
-
-
-@pytest.mark.parametrize("norm", ["instance", "batch"])
-def test_a_replay_that_differs_is_not_used(monkeypatch, capsys, norm):
-    config = dataclasses.replace(FINAL, norm=norm)
-    plain, recorded = aggan.Trainer(config, 40, CPU), recorded_trainer(config, monkeypatch)
-    replay = Replay.replay
-
-    def wrong(graph):
+    def differs(graph):
         replay(graph)
-        graph.outputs[-1]["gan" if "gan" in graph.outputs[-1] else "d_gan"] += 1
+        if wrong == "output":
+            graph.outputs[-1]["gan" if "gan" in graph.outputs[-1] else "d_gan"] += 1
+        for p in graph.parameters:
+            p.grad.mul_(0.9 if wrong == "gradient" else 1)
 
-    monkeypatch.setattr(Replay, "replay", wrong)
-    assert steps(plain, 8) == steps(recorded, 8)
+    monkeypatch.setattr(Replay, "replay", differs)
+    good = not wrong or "switch" in wrong
+    count = 17 if good else 6
+    assert figures_after(plain, count) == figures_after(recorded, count)
     assert same(plain.nets.state_dict(), recorded.nets.state_dict())
-    assert capsys.readouterr().err.count("no CUDA graph, going on without: ") == 2
-
-
-class Broken(torch.autograd.Function):
-    """A backward that a compiler got wrong."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        raise RuntimeError("the compiled backward\nfails")
-
-
-@pytest.mark.parametrize("place", ["first forward", "later shape", "backward"])
-def test_a_compiler_that_fails_is_left(monkeypatch, capsys, place):
-    """After one line a run goes on from the same step."""
-    config = dataclasses.replace(RELEASED, model="cyclegan", l_copy=0.0, curriculum="none")
-    plain, compiled = aggan.Trainer(config, 40, CPU), aggan.Trainer(config, 40, CPU)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        if place == "first forward" or place == "later shape" and len(graphs) > 1:
-            raise RuntimeError("the compiler\nfails")
-        if place == "backward":
-            return lambda *x: [Broken.apply(out) for out in graph(*x)]
-        return graph
-
-    torch.compiler.set_stance("default")
-    compiled.nets["g_ab"].compile(backend=backend)
-    compiled.generator_gradients = functools.partial(aggan.or_eager, compiled.generator_gradients)
-    try:
-        if place == "later shape":
-            compiled.nets["g_ab"](torch.zeros(1, 3, 16, 16))
-        assert steps(plain, 2) == steps(compiled, 2)
-    finally:
-        torch.compiler.set_stance("default")
-        torch.compiler.reset()
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("torch.compile failed, going on without: ")
-    assert same(plain.nets.state_dict(), compiled.nets.state_dict()) and graphs
+    assert all((g.graph is not None) == good for g in recorded.recorded)
+    assert ("no CUDA graph, going on without: " in capsys.readouterr().err) != good
 
 
 def place_module(module, device):
@@ -2043,94 +1019,557 @@ def pretended_cuda(monkeypatch):
         for p in inputs:
             p.grad = torch.empty_like(p)
 
-    monkeypatch.setattr(torch.Tensor, "backward", backward)
-    monkeypatch.setattr(nn.Module, "to", place_module)
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-
     def trainer(capability, **given):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         config = aggan.configure(TINY | dict(given, a="a", b="b", graph=False))
         return aggan.Trainer(config, 20, torch.device("cuda"))
 
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(nn.Module, "to", place_module)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     with torch._subclasses.fake_tensor.FakeTensorMode():
         yield trainer
 
 
-def pretended_step(trainer):
-    """A step; every figure and loss must be float32 on the device."""
-    batch = torch.rand(2, 1, 3, 32, 32) * 2 - 1
-    figures = trainer.step(*batch)
-    assert {value.device.type for value in figures.values()} == {"cuda"}
-    for terms in trainer.generator_gradients(*batch.cuda(), torch.ones(2, device="cuda"))[4:]:
-        assert {term.dtype for term in terms.values()} == {torch.float32}, terms
-
-
 ON_H100 = [(model, (9, 0), torch.bfloat16) for model in aggan.PRESETS]
-ON_T4 = [(model, (7, 5), torch.float16) for model in ("scheme2", "mejjati")]
+ON_T4 = [("scheme2", (7, 5), torch.float16)]
 
 
 @pytest.mark.parametrize("model, capability, dtype", ON_H100 + ON_T4)
-def test_nothing_leaves_the_device(pretended_cuda, monkeypatch, model, capability, dtype):
-    """Steps, checkpoint, resume and sample grid."""
+def test_nothing_leaves_the_device(pretended_cuda, model, capability, dtype):
+    """Steps, before and after Mejjati's switch, checkpoint and resume; losses are float32."""
     trainer, resumed = (pretended_cuda(capability, model=model) for _ in range(2))
     assert trainer.dtype == dtype and trainer.scaler.is_enabled() == (dtype == torch.float16)
-    for trainer.done in (0, 6):  # before and after Mejjati's switch
-        pretended_step(trainer)
-
-    def on_cpu(x):
-        return x.cpu() if isinstance(x, torch.Tensor) else x
-
     trainer.scaler.state_dict = lambda: {}  # of numbers
-    resumed.load_state_dict(torch.utils._pytree.tree_map(on_cpu, trainer.state_dict()))
-    pretended_step(resumed)
-    monkeypatch.setattr(aggan, "write_whole", lambda path, save: None)
-    shown = torch.rand(2, 4, 3, 32, 32).cuda()
-    assert aggan.save_samples(Path("grid"), trainer.nets, *shown).device.type == "cuda"
+    on_cpu = functools.partial(torch.utils._pytree.tree_map_only, torch.Tensor, torch.Tensor.cpu)
+    for at, done in ((trainer, 0), (trainer, 6), (resumed, 7)):
+        if at is resumed:
+            resumed.load_state_dict(on_cpu(trainer.state_dict()))
+        at.done, batch = done, torch.rand(2, 1, 3, 32, 32) * 2 - 1
+        assert {value.device.type for value in at.step(*batch).values()} == {"cuda"}
+        for terms in at.generator_gradients(*batch.cuda(), torch.ones(2, device="cuda"))[4:]:
+            assert {term.dtype for term in terms.values()} == {torch.float32}, terms
 
 
-@pytest.mark.parametrize("fault", ["CPU tensor", "wait", "half"])
-def test_faults_of_a_device_are_found(pretended_cuda, monkeypatch, fault):
-    loss = aggan.adversarial_loss
-
-    def faulty(logits, real, kind):
-        if fault == "CPU tensor":
-            return (logits - torch.ones(logits.shape)).square().mean()
-        if fault == "wait":
-            return loss(logits, real, kind) / max(1.0, logits.mean().item())
-        return loss(logits, real, kind).half()
-
-    trainer = pretended_cuda((9, 0))
-    pretended_step(trainer)
-    monkeypatch.setattr(aggan, "adversarial_loss", faulty)
-    found = torch._subclasses.fake_tensor
-    errors = AssertionError, RuntimeError, found.DataDependentOutputException
-    with pytest.raises(errors, match="float16|device|_local_scalar_dense"):
-        pretended_step(trainer)
-
-
-def test_loading_processes_may_be_spawned(folders):
-    """As on Windows and macOS."""
-    data = aggan.UnpairedImages(folders / "trainA", folders / "trainB", 32, 36, 0)
-    settings = dict(
-        num_workers=1, multiprocessing_context="spawn", worker_init_fn=aggan.start_worker
-    )
-    loader = torch.utils.data.DataLoader(data, batch_sampler=[range(2), range(2, 4)], **settings)
-    for i, batch in enumerate(loader):
-        for j in range(2):
-            assert all(torch.equal(x[j], y) for x, y in zip(batch, data[2 * i + j]))
-    assert i == 1
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision, first, last", [("fp32", 1e-3, 0.05), ("bf16", 0.05, 0.1)])
+@pytest.mark.parametrize("model", aggan.PRESETS)
+def test_cuda(folders, monkeypatch, model, precision, first, last):
+    """Graphs against eager steps: figures within `first`, means of ten later within `last`."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    given = dict(device="cuda", model=model, precision=precision, pool=3, width=8, steps=14)
+    trainers = [
+        aggan.Trainer(tiny(folders, **given, graph=graph), 20, aggan.pick_device("cuda"))
+        for graph in (False, True)
+    ]
+    eager, fast = (figures_after(trainer, 20) for trainer in trainers)
+    assert all(graph.graph is not None for graph in trainers[1].recorded)
+    for k in eager[0]:
+        assert fast[0][k] == pytest.approx(eager[0][k], rel=first, abs=1e-4), k
+        means = [sum(figures[k] for figures in run[10:]) / 10 for run in (eager, fast)]
+        assert means[1] == pytest.approx(means[0], rel=last, abs=1e-2), k
+    run = aggan.train(tiny(folders, **given))
+    aggan.train(tiny(folders, **given | dict(steps=16)), resume=True)
+    assert all(weight.isfinite().all() for weight in weights(run).values())
 
 
-def test_two_processes_train_as_one(folders):
-    """Two of torchrun's at batch 1, stopped half-way, against one at batch 2."""
+# ---------- 10. The run ----------
+
+
+def columns(run):
+    """Of log.csv, all but the speed."""
+    rows = [row.split(",") for row in (run / "log.csv").read_text().splitlines()]
+    return [row[:2] + row[3:] for row in rows]
+
+
+def figures_of(run, name):
+    header, *rows = [row.split(",") for row in (run / "log.csv").read_text().splitlines()]
+    return [float(row[header.index(name)]) for row in rows]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_bring_what_the_data_hold(threads):
+    """Batches in order, a few ahead; an exception as itself, in its turn; and an end to it."""
+    started, left = [], threading.active_count()
+
+    class Data:
+        def __getitem__(self, i):
+            started.append(i)
+            time.sleep(0.001 * (i % 4))  # later ones may be faster
+            if i == 30:
+                raise KeyError("not a string")
+            return torch.full((3, 2, 2), i), torch.full((3, 2, 2), -i)
+
+    loading = aggan.batches(Data(), iter([1, 4, *range(5, 100)]), 2, threads, pin=False)
+    first = [next(loading) for _ in range(3)]
+    assert [a[:, 0, 0, 0].tolist() for a, _ in first] == [[2, 3], [8, 9], [10, 11]]
+    assert all(torch.equal(a, -b) and a.shape == (2, 3, 2, 2) for a, b in first)
+    time.sleep(0.05)
+    assert len(started) <= 2 * (4 + 2 * threads)  # no further ahead
+    with pytest.raises(KeyError, match="not a string"):  # of turn 15
+        assert len([next(loading) for _ in range(20)]) == 9
+    loading = aggan.batches(Data(), range(9), 1, threads, pin=False)
+    next(loading)
+    loading.close()
+    assert threading.active_count() <= left and not list(aggan.batches([], [], 2, 2, False))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(gan="vanilla", batch_size=2, head="pooled", pool=0)])
+def test_train_leaves_a_run_folder(folders, capsys, changes):
+    """Checkpoint, log of means, grids; and says what it does, in lines for a pipe."""
+    config = tiny(folders, steps=3, size=64, resize=64, curriculum="ramp", **changes)
+    run = aggan.train(config)
+    said, batch = capsys.readouterr().out.splitlines(), config.batch_size
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoint.pt", "log.csv", "samples"]
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["0000002.png", "0000003.png"]
+    assert said[0] == "scheme2: 64 px, width 4, 1 blocks; on 1 x cpu, float32"
+    assert said[1] == f"5 images of A, 3 of B; 3 steps, {3 / (5 // batch):.3g} epochs"
+    assert [line.split()[:2] for line in said[2:]] == [["step", f"{i}/3"] for i in (1, 2, 3)]
+    pattern = r"step 3/3  [\d.e+]+ (steps/s|s a step)  0 s left  attention \d\.\d{3} \d\.\d{3}"
+    assert re.fullmatch(pattern + r"  r \d\.\d{3} \d\.\d{3}", said[-1])
+
+    # rates of steps 2 and 3; means of steps 1 and 2, and of step 3
+    rates = [aggan.learning_rate(config, step / 3) for step in (1, 2)]
+    assert figures_of(run, "rate") == pytest.approx(rates, rel=1e-4)
+    assert figures_of(run, "r_ab") == pytest.approx([(0.01 + 0.5 / 3) / 2, 1 / 3], rel=1e-4)
+    trainer = aggan.Trainer(config, 3, CPU)
+    data = aggan.UnpairedImages(config.a, config.b, 64, 64, config.seed)
+    loading = aggan.batches(data, range(2), batch, 1, pin=False)
+    cycle = [trainer.step(*images)["cycle"].item() for images in loading]
+    assert figures_of(run, "cycle")[0] == pytest.approx(sum(cycle) / 2, rel=1e-4)
+
+    # the grid's last panel is the translation of the input beside it
+    grid = pixels_of(run / "samples" / "0000003.png")
+    x, shown = (grid[:, 2:66, 66 * k + 2 : 66 * k + 66] for k in (4, 7))
+    assert grid.shape == (3, 4 * 66 + 2, 8 * 66 + 2)
+    drawn = aggan.load_generators(run, CPU)[0]["g_ba"](x[None]).image[0]
+    assert (shown - drawn).abs().max() < 0.03  # after rounding both to 8 bits
+
+
+@pytest.fixture
+def report(folders, monkeypatch):
+    """-> of given settings steps without training, which take as long as is said."""
+    now = [100.0]
+    monkeypatch.setattr(aggan.time, "monotonic", lambda: now[0])
+
+    def make(total, done=0, **changes):
+        trainer = aggan.Trainer(tiny(folders, **changes), total, CPU)
+        trainer.counts, trainer.per_epoch, trainer.done = {"a": 5, "b": 3}, 5, done
+        report = aggan.Report(trainer)
+
+        def step(seconds, attention=0.3):
+            now[0] += seconds
+            trainer.done += 1
+            masks = {"attention_ab": torch.tensor(attention), "attention_ba": torch.tensor(0.4)}
+            report.after_step(masks)
+
+        return step
+
+    return make
+
+
+def test_progress_is_shown(report, folders, monkeypatch, capsys):
+    """A line at steps 1 and 10 and each row of the log; in a terminal one line, kept in place."""
+    step = report(40, log_every=15)
+    for _ in range(40):
+        step(0.25)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in said] == [f"{i}/40" for i in (1, 10, 15, 30, 40)]
+    assert said[1] == "step 10/40  4 steps/s  8 s left  attention 0.300 0.400"
+    report(2_000_000, done=1_234_566, log_every=1)(2)
+    said = capsys.readouterr().out.splitlines()
+    assert "2 s a step  17 d 17 h left" in said[0] and len(said) == 2 and "--small" in said[1]
+    row = (folders / "run" / "log.csv").read_text().splitlines()[-1].split(",")
+    assert row[:2] == ["1234567", "246914"]  # integers are integers
+    times = (0, "0 s"), (45.4, "45 s"), (720, "12 min"), (6600, "1 h 50 min"), (183600, "2 d 3 h")
+    assert all(aggan.duration(seconds) == text for seconds, text in times)
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    step = report(40, log_every=20)
+    for _ in range(20):
+        step(0.5)
+    lines = [line.split("\r") for line in capsys.readouterr().out.split("\n")]
+    shown = [[part.split()[1][:-3] for part in line if part] for line in lines]
+    assert shown == [["1"], ["3", "5", "7", "9", "10"], ["12", "14", "16", "18", "20"], []]
+    assert {len(part) for line in lines for part in line} == {0, 100}  # over the one before
+
+
+def test_what_masks_do_wrong_is_said_once(folders, capsys):
+    """From e and c of Eq. (11) and the pool's masks; a small object, here 2 %, is nothing wrong."""
+    spots = torch.zeros(30, 1, 32, 32)
+    for i, spot in enumerate(spots):
+        spot[0, i, 3 * i % 30 : 3 * i % 30 + 20] = 1  # 20 of 1024 pixels, each elsewhere
+    band = torch.zeros(30, 1, 32, 32)
+    band[:, :, :8] = 1
+    cases = {  # mask, mean, e, c -> words; model
+        "": (spots, 0.02, 0.4, 0.95, {}),
+        "much the same for all images": (band, 0.25, 0.4, 0.95, {}),
+        "copies its input": (spots, 0.02, 0.93, 0.95, {}),
+        "repaints everything": (spots, 0.98, 0.4, 0.95, {}),
+        "hardly tells A from B": (spots, 0.3, 0.25, 0.3, {}),
+    }
+    for words, (masks, mean, e, c, changes) in cases.items():
+        trainer = aggan.Trainer(tiny(folders, **changes), 1000, CPU)
+        trainer.counts, trainer.done = {"a": 5, "b": 3}, 90
+        trainer.curriculum.e.fill_(e)
+        trainer.curriculum.c.fill_(c)
+        trainer.pool_a.items = trainer.pool_b.items = [(mask, mask) for mask in masks]
+        report = aggan.Report(trainer)
+        for _ in range(20):  # silent before a tenth of the run
+            trainer.done += 1
+            figures = {"copy": c, "attention_ab": mean, "attention_ba": mean}
+            report.log(figures, 1.0)
+            error = capsys.readouterr().err
+            assert error.count("\n") == (2 if words and trainer.done == 100 else 0), error
+            assert all(f"g_{way}" in error and words in error for way in ("ab", "ba")) or not error
+        aggan.warn.cache_clear()
+
+
+def test_tensorboard(folders, monkeypatch, capsys):
+    """Curves in groups and grids; what a killed run wrote after its checkpoint is hidden."""
+    written, purged = [], []
+
+    class Writer:
+        SummaryWriter = property(lambda self: Writer)
+
+        def __init__(self, folder, purge_step):
+            purged.append(purge_step)
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step, value))
+
+        add_image, close = add_scalar, purged.clear
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Writer("", 0))
+    for length in (5, 6):
+        run = aggan.train(tiny(folders, steps=length, tensorboard=True), resume=True)
+        assert not purged  # closed
+    capsys.readouterr()
+    for name in ("generators/gan", "discriminators/d_gan", "masks/attention_ab", "masks/r_ba"):
+        shown = [value for tag, _, value in written if tag == name]
+        assert shown == pytest.approx(figures_of(run, name.split("/")[1]), rel=1e-4)
+    grids = [(step, image.shape) for tag, step, image in written if tag == "samples"]
+    assert grids == [(step, (3, 4 * 38 + 2, 8 * 38 + 2)) for step in (2, 4, 5, 6)]
+    assert not any(tag.endswith(("/step", "/epoch")) for tag, _, _ in written)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    new = ["train", *options(folders, out=folders / "new"), "--tensorboard"]
+    assert "pip install tensorboard" in refusal(new, capsys) and not (folders / "new").exists()
+
+
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+
+
+def interrupt(patch, what):
+    """From the seventh step on, something is wrong."""
+    step, write, panels = aggan.Trainer.step, torch.save, aggan.panels
+    broken = []
+
+    def steps(trainer, *batch):
+        bias = trainer.nets["g_ba"].content_decoder[-1].bias.data if "finite" in what else [0]
+        broken.extend([what] if trainer.done == 6 else [])
+        if broken and what == "kill":
+            raise KeyboardInterrupt
+        bias[0] = math.nan if broken and what == "gan is not finite" else bias[0]
+        figures = step(trainer, *batch)
+        bias[0] = math.inf if trainer.done == 8 and "bias" in what else bias[0]  # not in losses
+        return figures
+
+    def save(state, file):
+        write(state, file)
+        return raising(NO_SPACE)() if broken and what == "No space left" else None
+
+    def draw(*arguments):
+        return raising(NO_MEMORY)() if broken and what == "out of memory" else panels(*arguments)
+
+    patch.setattr(aggan.Trainer, "step", steps)
+    patch.setattr(torch, "save", save)
+    patch.setattr(aggan, "panels", draw)
+
+
+INTERRUPTIONS = [  # what happens, exit status, steps saved, settings
+    ("kill", 130, 4, dict(workers=3)),
+    ("kill", 130, 0, dict(norm="batch", save_every=99)),
+    ("kill", 130, 4, dict(norm="batch", model="mejjati")),
+    ("gan is not finite", 1, 4, {}),
+    ("g_ba.content_decoder.2.bias is not finite", 1, 4, {}),
+    ("No space left", 2, 4, {}),
+    ("out of memory", 2, 8, {}),
+]
+
+
+@pytest.mark.parametrize("what, status, saved, changes", INTERRUPTIONS)
+def test_resume_equals_a_whole_run(folders, monkeypatch, capsys, what, status, saved, changes):
+    """... to the bit, whatever it was: a kill, an overflow, a full disk, no memory for the grid."""
+    changes = dict(steps=11, pool=2, save_every=4) | changes
+    whole = aggan.train(tiny(folders, **changes))
+    out, file = folders / "stopped", folders / "stopped" / "checkpoint.pt"
+    given = ["train", *options(folders, **changes, out=out)]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=str(status)):
+        interrupt(patch, what)
+        aggan.main(given)
+    error = capsys.readouterr().err
+    assert what in error or what == "kill"
+    if what == "No space left":  # in the middle a warning, tried again; the last time an error
+        assert re.search("warning: .*checkpoint.pt: .*; tried again in 4 steps\naggan.py: ", error)
+    assert (aggan.load_checkpoint(out)["step"] if file.exists() else 0) == saved
+    assert not list(out.rglob(".*"))
+    assert len(list(out.glob("samples/*8.png"))) == 0  # the grid comes after the checkpoint
+
+    aggan.main([*given, "--resume"])
+    first, second = (aggan.load_checkpoint(run) for run in (whole, out))
+    for name in ("nets", "curriculum"):
+        assert same(first["parts"][name], second["parts"][name])
+    for name in ("opt_g", "opt_d"):
+        states = [state["parts"][name]["state"].values() for state in (first, second)]
+        assert states[0] and all(same(*pair) for pair in zip(*states, strict=True))
+    states, leaves = [[s["random"], s["pools"]] for s in (first, second)], torch.utils._pytree
+    assert all(map(torch.equal, *map(leaves.tree_leaves, states)))
+    assert columns(whole) == columns(out)
+    assert [row[0] for row in columns(whole)] == ["step", "2", "4", "6", "8", "10", "11"]
+
+
+def test_a_run_goes_on_further_and_elsewhere(folders, capsys):
+    """From then on it is the longer run. Folders, length, rate and machine may be typed anew."""
+    out, there = folders / "run", folders / "else"
+    aggan.main(["train", *options(folders, steps=4)])
+    again = ["train", "--out", str(out), "--resume", "--device", "cpu"]
+    for more, total in ((["--steps", "8", "--small"], 8), (["--epochs", "2"], 10)):
+        aggan.main([*again, *more])  # what --small brings was not typed
+        assert f"step {total}/{total}" in capsys.readouterr().out
+        rate = aggan.learning_rate(aggan.load_checkpoint(out)["config"], (total - 1) / total)
+        assert figures_of(out, "rate")[-1] == pytest.approx(rate, rel=1e-4)
+    assert figures_of(out, "step") == [2, 4, 6, 8, 10]
+    assert "6 steps, of which 10 are done" in refusal([*again, "--steps", 6], capsys)
+    assert "5 steps, of which 10 are done" in refusal([*again, "--epochs", 1], capsys)
+    for option, value in (("--width", 8), ("--seed", 1), ("--l-tv", 0.5), ("--norm", "batch")):
+        error = refusal([*again, option, value], capsys)
+        assert re.search(rf"{option} \S+ \(there \S+\): another run than .*{out}", error)
+    (folders / "trainA" / "0.png").unlink()  # the run keeps its length
+    aggan.main([*again, "--epochs", "2"])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "{'a': 5, 'b': 3} images" in error and "'a': 4" in error
+
+    there.mkdir()
+    for name in ("trainA", "trainB", "run"):
+        (folders / name).rename(there / name)
+    moved = dict(a=there / "trainA", b=there / "trainB", lr=1e-3, workers=2, steps=12, log_every=1)
+    moved |= dict(save_every=5, precision="fp32", out=there / "run")
+    places = [str(x) for name, value in moved.items() for x in (aggan.flag(name), value)]
+    aggan.main([*again, *places, "--no-graph"])
+    config = aggan.load_checkpoint(there / "run")["config"]
+    assert all(str(getattr(config, name)) == str(value) for name, value in moved.items())
+    assert not config.graph and config.width == TINY["width"]
+    capsys.readouterr()
+
+    new = ["train", *options(there, steps=1, out=folders / "new"), "--init", there / "run"]
+    for other, words in (  # a run that starts from another
+        (["--width", 8], "size mismatch for g_ab.encoder.0.0.weight"),
+        (["--objective", "released"], r"Unexpected key.*d_a.paired"),
+        (["--init", folders], "no checkpoint.pt here"),
+    ):
+        assert re.search(words, refusal([*new, *other], capsys)) and not (folders / "new").exists()
+    aggan.main([*map(str, new), "--lr", "0"])
+    assert same(weights(there / "run"), weights(folders / "new"))
+
+
+def test_a_run_goes_on_without_a_screen(folders, monkeypatch):
+    """... in a thread, from ~, with an empty test folder, and a log that another program holds."""
+    log = folders / "here" / "log.csv"
+    log.mkdir(parents=True)  # as little to be written
+    monkeypatch.setattr("builtins.print", raising(BrokenPipeError()))
+    monkeypatch.setenv("HOME", str(folders))
+    (folders / "trainA" / "0.png").write_text("not a picture")
+    for path in (folders / "testA").iterdir():
+        path.unlink()
+    (folders / "testA" / ".gitkeep").touch()
+    spoilt(monkeypatch, aggan.Trainer, "step", lambda t, *_: log.rmdir() if t.done == 5 else None)
+    given = ["train", *options(folders, steps=8, a="~/trainA", out="~/here"), "--resume"]
+    thread = threading.Thread(target=aggan.main, args=(given,))
+    thread.start()
+    thread.join()
+    assert figures_of(folders / "here", "step") == [2, 4, 6, 8]
+    state = aggan.load_checkpoint(folders / "here")
+    assert state["step"] == 8 and state["config"].a == str(folders / "trainA")
+
+
+@needs_posix
+def test_kills_lose_only_the_steps_since_the_last_checkpoint(folders, started):
+    """A run of five SIGKILLs, at any moment, ends as one that was never stopped."""
+    changes = dict(steps=75, save_every=3, pool=2, model="scheme1", blocks=0, l_paired=0.0)
+    whole = aggan.train(tiny(folders, **changes))
+    out, numbers, killed = folders / "killed", random.Random(0), 0
+    run, log = ["train", *options(folders, **changes, out=out), "--resume"], out / "log.csv"
+    while killed < 5:
+        before = log.stat().st_mtime_ns if log.exists() else 0
+        process = started(*run)
+        while process.is_alive() and (not log.exists() or log.stat().st_mtime_ns == before):
+            process.join(0.02)  # until it trains
+        process.join(numbers.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        if process.exitcode == 0:  # it was faster: from the start
+            shutil.rmtree(out)
+    aggan.main(run)
+    assert same(weights(whole), weights(out)) and columns(whole) == columns(out)
+    assert {"checkpoint.pt", "log.csv", "samples"} == {path.name for path in out.iterdir()}
+
+
+@needs_posix
+def test_signals_finish_the_step_and_save(folders, started, monkeypatch, capfd):
+    """... and are answered at once; a second one kills, but not under torchrun, which repeats."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        out = folders / f"{number}"
+        if signal.getsignal(number) == signal.SIG_IGN:  # the tests may run under nohup
+            continue
+        given = options(folders, steps=9000, save_every=9000, workers=1, out=out)
+        process = started("train", *given)
+        while process.is_alive() and not (out / "log.csv").exists():
+            process.join(0.02)
+        os.kill(process.pid, number)
+        assert ended([process]) == [128 + number]
+        line = "\nstopping after this step; once more to stop without saving\naggan.py: stopped "
+        line += f"after step {aggan.load_checkpoint(out)['step']}, saved; goes on with --resume\n"
+        assert capfd.readouterr().err == line
+
+    before = signal.getsignal(signal.SIGTERM)
+    for world in (1, 2):
+        monkeypatch.setattr(aggan, "WORLD", world)
+        with aggan.stop_signals() as seen:
+            for _ in range(world):
+                signal.raise_signal(signal.SIGTERM)
+            assert seen == [signal.SIGTERM] * world
+            assert (signal.getsignal(signal.SIGTERM) is signal.SIG_DFL) == (world == 1)
+        error = capfd.readouterr().err
+        assert error.count("stopping after") == 1 and ("once more" in error) == (world == 1)
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_out_of_memory(folders, monkeypatch, capsys):
+    """One line; at the first step nothing is left behind that would refuse another try."""
+    given, shapes, panels = ["train", *options(folders, steps=2)], [], aggan.panels
+    cannot = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    illegal = RuntimeError("CUDA error: an illegal memory access")
+    for error in (NO_MEMORY, MemoryError(), cannot, illegal):
+        with monkeypatch.context() as patch:
+            patch.setattr(aggan.Trainer, "step", raising(error))
+            if error is not illegal:
+                assert "out of memory: train needs less with" in refusal(given, capsys)
+            else:
+                with pytest.raises(RuntimeError, match="illegal"):
+                    aggan.main(given)
+        assert not (folders / "run").exists()
+    monkeypatch.setattr(aggan, "panels", lambda g, x: shapes.append(x.shape) or panels(g, x))
+    aggan.main(given)
+    assert shapes == [(3, 36, 36)] * 8  # of a grid, one image at a time
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
+    """Links are followed. Windows refuses to replace a file that is being read: tried again."""
+    there, link = tmp_path / "there.pt", tmp_path / "link.pt"
+    there.write_bytes(b"whole")
+    link.symlink_to(there)
+    save = lambda file, error=None: file.write(b"new") and error and raising(error)()  # noqa: E731
+    with pytest.raises(aggan.BadInput, match=r"there.pt: cannot be written \(unexpected pos"):
+        aggan.write_whole(link, lambda file: save(file, RuntimeError("unexpected pos")))
+    with pytest.raises(KeyboardInterrupt):
+        aggan.write_whole(link, lambda file: save(file, KeyboardInterrupt()))
+    slept, replace, most = [], os.replace, 99
+
+    def held(*paths):
+        return raising(PermissionError("in use"))() if len(slept) < most else replace(*paths)
+
+    monkeypatch.setattr(aggan.time, "sleep", slept.append)
+    monkeypatch.setattr(os, "replace", held)
+    with pytest.raises(aggan.BadInput, match="in use"):
+        aggan.write_whole(link, save)
+    assert 2 < sum(slept) < 30
+    assert there.read_bytes() == b"whole" and len(list(tmp_path.iterdir())) == 2
+    most = len(slept) + 2
+    aggan.write_whole(link, save)
+    assert link.is_symlink() and there.read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 2
+
+
+class Evil:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def mutation(content, numbers):
+    """The bytes, changed in a place, or shortened, or with a part twice or of zeros."""
+    content, length = bytearray(content), numbers.randrange(1, 64)
+    place, kind = numbers.randrange(len(content)), numbers.randrange(4)
+    old = content[place : place + length]
+    new = [numbers.randbytes(length), bytes(length), old + old, b""][kind]
+    content[place : len(content) if kind == 3 else place + length] = new
+    return bytes(content) or b"?"
+
+
+def test_bad_checkpoints_get_one_line(folders, capsys):
+    """... naming the run; nothing in them is run, and they stay as they are."""
+    run = aggan.train(tiny(folders, steps=2, blocks=0))
+    file, evil, new = run / "checkpoint.pt", folders / "evil", folders / "new"
+    whole, numbers, damaged = file.read_bytes(), random.Random(1), "not a checkpoint"
+    capsys.readouterr()
+
+    def change(*keys, value):
+        changed = torch.load(file, weights_only=True)
+        functools.reduce(lambda part, key: part[key], keys[:-1], changed)[keys[-1]] = value
+        return changed
+
+    one = torch.zeros(1)  # which Adam would take to be as large as the weights
+    small_pools = [[(torch.zeros(3, 8, 8), torch.zeros(1, 8, 8))], []]
+    only_training = [change("parts", "opt_g", "state", 0, "exp_avg", value=one)]
+    only_training += [change("pools", value=small_pools), change("step", value=-1)]
+    evils = {"format": aggan.FORMAT, "config": Evil(evil)}, Evil(evil)
+    parts = b"", whole[: len(whole) // 2], whole[:5000] + b"????" + whole[5004:]
+    for state, words in (
+        *((state, damaged) for state in (*only_training, *parts, *evils, [1, 2])),
+        *((mutation(whole, numbers), "") for _ in range(12)),
+        (change("format", value=aggan.FORMAT + 1), f"format {aggan.FORMAT + 1}"),
+        (change("config", "model", value="vae"), "--model vae: must be one of"),
+        (change("config", "width", value=8), "size mismatch for g_ab"),
+        (change("config", "lr", value="fast"), damaged),
+        (change("parts", "nets", value={}), damaged),
+        (change("parts", "nets", value=7), damaged),
+    ):
+        file.write_bytes(state) if isinstance(state, bytes) else torch.save(state, file)
+        content = file.read_bytes()
+        translate = ["translate", run, folders / "testA", "--to", "b", "--out", new]
+        for arguments in (translate, ["train", "--resume", "--out", run]):
+            if arguments is translate and any(state is x for x in only_training):
+                continue
+            arguments = [*map(str, arguments), "--device", "cpu"]
+            with pytest.raises(SystemExit, match="2") if words else contextlib.suppress(SystemExit):
+                aggan.main(arguments)  # a mutation may have hit what nobody reads
+            error = capsys.readouterr().err
+            assert error.count("\n") <= 1 and (not error or words in error and str(run) in error)
+            assert file.read_bytes() == content and not evil.exists()
+            assert not words or not new.exists()
+
+    file.write_bytes(whole)  # from before an option was there, with an old one
+    state = change("config", "compile", value=True)
+    assert state["config"].pop("l_copy") == 1.0
+    torch.save(state, file)
+    assert aggan.load_checkpoint(run)["config"].l_copy == 1.0
+
+
+@needs_posix
+def test_two_processes_train_as_one(folders, pair, capfd):
+    """Two of torchrun's at batch 1 against one at batch 2; one of them speaks."""
     changes = dict(steps=4, l_identity=5.0, log_every=1, save_every=2)
     one = aggan.train(tiny(folders, **changes, batch_size=2, out=str(folders / "one")))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = [sys.executable, *launcher, str(ROOT / "aggan.py"), "train", *options(folders, **changes)]
-    process = subprocess.run(run, capture_output=True, text=True, env=ONE_THREAD)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.count("step 4/4") == process.stdout.count("done:") == 1
+    capfd.readouterr()
+    assert ended(pair("train", *options(folders, **changes))) == [0, 0]
+    said = capfd.readouterr().out
+    assert said.count("on 2 x cpu") == said.count("step 4/4") == said.count("finished:") == 1
     state = aggan.load_checkpoint(folders / "run")
     assert state["world"] == 2 and len(state["pools"][0]) == 4
     initial = aggan.Trainer(state["config"], 4, CPU).nets.state_dict()
@@ -2142,100 +1581,66 @@ def test_two_processes_train_as_one(folders):
         aggan.train(tiny(folders, **changes), resume=True)
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@needs_posix
+def test_the_first_process_reads_the_checkpoint(folders, pair, capfd):
+    """A second machine without it ends with the same weights; both are refused alike."""
+    given = ["train", *options(folders, steps=1, norm="batch", out="run"), "--resume"]
+    assert ended(pair(*given)) == [0, 0] and not (folders / "second" / "run").exists()
+    state, buffers = aggan.load_checkpoint(folders / "first" / "run"), []
+    data = aggan.UnpairedImages(folders / "trainA", folders / "trainB", 32, 36, 0)
+    for i in range(2):  # each process has seen its own pair; running statistics are averaged
+        trainer = aggan.Trainer(state["config"], 1, CPU)
+        trainer.step(*(x[None] for x in data[i]))
+        buffers.append({k: b for k, b in trainer.nets.named_buffers() if b.is_floating_point()})
+    for k, one, other in zip(buffers[0], *(b.values() for b in buffers)):
+        torch.testing.assert_close(state["parts"]["nets"][k], (one + other) / 2)
+        assert not torch.equal(one, other)
+
+    shutil.copytree(folders / "first", folders / "shared")
+    assert ended(pair(*given, "--steps", 3)) == [0, 0]
+    assert ended(pair(*given, "--steps", 3, places=("shared", "shared"))) == [0, 0]
+    assert same(*(weights(folders / name / "run") for name in ("first", "shared")))
+    capfd.readouterr()
+    assert ended(pair(*given, "--width", 8)) == [2, 2]
+    error = capfd.readouterr().err
+    assert len(set(error.splitlines())) == 1 and "--width 8 (there 4): another run" in error
 
 
-@pytest.fixture
-def cuda(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    return aggan.pick_device("cuda")
+@needs_posix
+def test_a_process_that_fails_stops_all_and_the_run_is_saved(folders, pair, monkeypatch, capfd):
+    """Its images are lost; then it is told to stop, twice, as torchrun and SLURM do."""
+    given = ["train", *options(folders, steps=9000, save_every=9000, out="run", workers=1)]
+    gone = raising(aggan.BadInput("trainA: gone"))
+    with monkeypatch.context() as patch:  # its pairs are 1, 3, 5
+        lose = lambda _, i: gone() if aggan.RANK and i >= 5 else None  # noqa: E731
+        spoilt(patch, aggan.UnpairedImages, "__getitem__", lose)
+        assert ended(pair(*given)) == [1, 2]
+    first, second = sorted(capfd.readouterr().err.splitlines())
+    stopped = "another process failed, see above; stopped after step 2, saved"
+    assert first == f"aggan.py: {stopped}; goes on with --resume"
+    run = folders / "first" / "run"
+    assert second == "aggan.py: trainA: gone" and aggan.load_checkpoint(run)["step"] == 2
+
+    log = (run / "log.csv").stat().st_size
+    processes = pair(*given, "--resume")
+    while all(p.is_alive() for p in processes) and (run / "log.csv").stat().st_size == log:
+        time.sleep(0.02)
+    for _ in range(2):
+        os.kill(processes[1].pid, signal.SIGTERM)
+    assert ended(processes) == [143, 143] and aggan.load_checkpoint(run)["step"] > 2
+    assert "once more" not in capfd.readouterr().err
 
 
-@needs_cuda
-@pytest.mark.parametrize("model", aggan.PRESETS)
-def test_trains_on_cuda(folders, cuda, model, capsys):
-    changes = dict(device="cuda", model=model, save_every=7)
-    run = aggan.train(tiny(folders, **changes, steps=14))
-    resumed = folders / "resumed"
-    aggan.train(tiny(folders, **changes, steps=14, out=str(resumed)))
-    (resumed / "checkpoint.pt").unlink()
-    aggan.train(tiny(folders, **changes, steps=14, out=str(resumed)), resume=True)
-    first, second = weights(run), weights(resumed)
-    for k in first:  # a step moves a weight by the rate, 1e-4 or 2e-4, at most
-        assert first[k].isfinite().all() and (first[k] - second[k]).abs().max() < 14 * 2 * 2e-4
-    assert "no CUDA graph" not in capsys.readouterr().err
-
-
-@needs_cuda
-@pytest.mark.parametrize(
-    "precision, first, last", [("fp32", 1e-3, 0.05), ("bf16", 0.05, 0.1), ("fp16", 0.05, 0.1)]
-)
-@pytest.mark.parametrize("model", aggan.PRESETS)
-def test_graphs_agree_with_eager_steps(cuda, model, precision, first, last):
-    """The first step's figures within `first`, the means of the last ten within `last`."""
-    given = dict(TINY, model=model, precision=precision, pool=3, width=8, a="a", b="b")
-    runs = []
-    for graph in (False, True):
-        trainer = aggan.Trainer(aggan.configure(dict(given, graph=graph)), 20, cuda)
-        runs.append(steps(trainer, 20))
-    assert all(graph.graph is not None for graph in trainer.graphs)
-    eager, fast = runs
-    for k in eager[0]:
-        assert fast[0][k] == pytest.approx(eager[0][k], rel=first, abs=1e-4), k
-        means = [sum(figures[k] for figures in run[10:]) / 10 for run in runs]
-        assert means[1] == pytest.approx(means[0], rel=last, abs=1e-2), k
-
-
-@needs_cuda
-def test_compiled_steps_agree_with_eager_ones(cuda):
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        given = dict(TINY, precision="fp32", pool=3, width=8, a="a", b="b")
-        eager, fast = (
-            steps(aggan.Trainer(aggan.configure(dict(given, compile=compiled)), 20, cuda), 12)
-            for compiled in (False, True)
-        )
-    for k in eager[0]:
-        assert fast[0][k] == pytest.approx(eager[0][k], rel=1e-3, abs=1e-4), k
-
-
-def draw_discs(folder):
-    """Red discs, a fifth of the image, become blue ones and back, on grey noise."""
-    rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
-    for domain, colour in (("A", (0.9, -0.6, -0.6)), ("B", (-0.6, -0.6, 0.9))):
-        for part in ("train", "test", "masks"):
-            (folder / (part + domain)).mkdir()
-        for i in range(50):
-            y, x = torch.randint(9, 23, (2,)).tolist()
-            disc = (rows - y) ** 2 + (columns - x) ** 2 < 64
-            noise = 0.3 * torch.rand(1, 32, 32) - 0.15
-            pixels = torch.where(disc, torch.tensor(colour)[:, None, None], noise)
-            part = "train" if i < 40 else "test"
-            aggan.to_image(pixels / 2 + 0.5).save(folder / (part + domain) / f"{i}.png")
-            if part == "test":
-                aggan.to_image(disc[None].float()).save(folder / f"masks{domain}" / f"{i}.png")
-
-
-def test_attention_finds_the_object(tmp_path):
-    """IoU < 0.3 untrained, when it looks everywhere, > 0.6 after 150 steps."""
-    draw_discs(tmp_path)
-    changes = dict(size=32, resize=32, width=8, blocks=1, masks=4, lr=2e-3, objective="released")
-    changes |= dict(log_every=50, save_every=1000)
-    before, after = (
-        aggan.evaluate(aggan.train(tiny(tmp_path, **changes, steps=n, out=str(tmp_path / f"{n}"))))
-        for n in (1, 150)
-    )
-    for name in ("a2b", "b2a"):
-        assert before[name]["iou"] < 0.3 and after[name]["iou"] > 0.6
-
-
-def draw_scenes(folder, size=32):
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
     """Tiny scenes like photographs, and masks of the test ones.
 
     A large object on a background with texture at three scales, in colours that this has too; A's
     plain and shaded, B's striped, of little contrast.
     """
-    generator = torch.Generator().manual_seed(0)
+    folder, generator, size = tmp_path_factory.mktemp("scenes"), torch.Generator(), 32
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    generator.manual_seed(0)
 
     def noise(scale, channels=3):
         pixels = torch.rand(1, channels, scale, scale, generator=generator) * 2 - 1
@@ -2246,12 +1651,9 @@ def draw_scenes(folder, size=32):
             (folder / f"{part}{domain}").mkdir()
         for i in range(70):
             hue, at, extent = torch.rand(3, 3, generator=generator)
-            phase = torch.rand((), generator=generator)
-            scene = (
-                hue[:, None, None] - 0.5 + 0.35 * noise(4) + 0.25 * noise(8) + 0.15 * noise(size)
-            )
-            y, x = size * (0.375 + 0.25 * at[:2])
-            tall, wide = size * (0.28 + 0.1 * extent[:2])
+            phase, scene = torch.rand((), generator=generator), hue[:, None, None] - 0.5
+            scene = scene + 0.35 * noise(4) + 0.25 * noise(8) + 0.15 * noise(size)
+            (y, x), (tall, wide) = size * (0.375 + 0.25 * at[:2]), size * (0.28 + 0.1 * extent[:2])
             inside = ((rows - y) / tall) ** 2 + ((columns - x) / wide) ** 2 < 1
             stripes = 0.5 * torch.sign(torch.sin(1.6 * columns + 6 * phase)).expand(3, size, size)
             plain = torch.tensor([0.2, -0.1, -0.35])[:, None, None]
@@ -2261,45 +1663,369 @@ def draw_scenes(folder, size=32):
             aggan.to_image(pixels / 2 + 0.5).save(folder / f"{part}{domain}" / f"{i}.png")
             if part == "test":
                 aggan.to_image(inside[None].float()).save(folder / f"masks{domain}" / f"{i}.png")
+    return folder
 
 
-def test_scenes_like_photographs_are_not_copied(tmp_path):
+@pytest.fixture(scope="session")
+def found(scenes):
+    """A run on the scenes, with the default objective."""
+    changes = dict(resize=36, width=8, masks=4, lr=1e-3, log_every=1000, save_every=1000)
+    return aggan.train(tiny(scenes, **changes, steps=250, out=str(scenes / "found")))
+
+
+def test_scenes_like_photographs_are_not_copied(scenes, found):
     """The papers' curriculum ends with copies, the default finds the objects."""
-    draw_scenes(tmp_path)
-    changes = dict(size=32, resize=36, width=8, blocks=1, masks=4, lr=1e-3)
-    changes |= dict(log_every=1000, save_every=1000)
-    results = []
-    for count, curriculum in ((80, "papers"), (250, "adaptive")):
-        changes |= dict(steps=count, curriculum=curriculum, out=str(tmp_path / curriculum))
-        results.append(aggan.evaluate(aggan.train(tiny(tmp_path, **changes))))
+    config = aggan.load_checkpoint(found)["config"]
+    changes = dict(steps=80, curriculum="papers", out=str(scenes / "papers"))
+    copies = aggan.evaluate(aggan.train(dataclasses.replace(config, **changes)))
+    results = aggan.evaluate(found)
     for name, iou in (("a2b", 0.35), ("b2a", 0.55)):
-        copied, found = (result[name] for result in results)
+        copied, result = copies[name], results[name]
         assert copied["mean_attention"] < 0.02 and copied["foreground_change"] < 0.01
-        assert 0.1 < found["mean_attention"] < 0.7 and found["foreground_change"] > 0.1
-        assert found["iou"] > iou
+        assert 0.1 < result["mean_attention"] < 0.7 and result["foreground_change"] > 0.1
+        assert result["iou"] > iou and result["iou"] > result["iou_of_all"]
 
 
-# ---------- 11. Translate and evaluate ----------
+# ---------- 11. Images ----------
 
 
-@pytest.mark.parametrize("height, width", [(64, 64), (37, 50), (1, 1), (3, 200)])
-def test_translation_keeps_any_size(height, width):
-    t = aggan.apply_any_size(SchemeTwoGenerator(4, 1, 3), torch.rand(3, height, width))
-    assert t.image.shape == (1, 3, height, width) and t.attention.shape == (1, 3, height, width)
-    assert t.content.shape == (1, 2, 3, height, width)
+def test_pairs_crops_flips_and_passes(folders):
+    """Red tells the column, green the row, blue the image; a pair is a function of seed and i."""
+    for domain, count in (("C", 6), ("D", 4)):
+        (folders / domain).mkdir()
+        for i in range(count):
+            image = Image.new("RGB", (16, 16))
+            image.putdata([(10 * x, 10 * y, 10 * i) for y in range(16) for x in range(16)])
+            image.save(folders / domain / f"{i}.png")
+    data, again, other = (
+        aggan.UnpairedImages(folders / "C", folders / "D", 8, 16, seed) for seed in (3, 3, 4)
+    )
+    corners, flips, shown = set(), 0, [[], []]
+    for i in range(60):
+        for domain, x in enumerate(data[i]):
+            red, green, blue = ((x + 1) * 12.75).round()
+            flips += red[0, 0].item() > red[0, -1].item()
+            corners.add((red.min().item(), green.min().item()))
+            assert x.shape == (3, 8, 8) and red.max() - red.min() == 7
+            assert (green[:, 0] == green[0, 0] + torch.arange(8)).all()
+            shown[domain].append(int(blue.max()))
+    assert len(data) == 6 and 40 < flips < 80
+    assert {x for x, _ in corners} == {y for _, y in corners} == set(range(9))
+    for images, count in zip(shown, (6, 4)):  # every pass shows every image, in another order
+        passes = [images[i : i + count] for i in range(0, 60, count)]
+        assert all(sorted(p) == list(range(count)) for p in passes) and passes[0] != passes[1]
+    for i in (7, 0, 100):
+        assert all(map(torch.equal, data[i], again[i]))
+        assert not all(map(torch.equal, data[i], other[i]))
+
+
+def halves(mode, left, right):
+    """40 x 30 pixels."""
+    image = Image.new(mode, (40, 30), left)
+    image.paste(right, (20, 0, 40, 30))
+    return image
+
+
+def odd_images(folder):
+    """Images as people have them -> {name: (size, has transparency, red of the last pixel)}."""
+    colour, exif = halves("RGB", (250, 0, 0), (0, 0, 250)), Image.Exif()
+    clear, exif[0x0112] = colour.convert("RGBA"), 6  # to be turned by 90 degrees
+    clear.putalpha(halves("L", 0, 200))
+    frames, palette = dict(save_all=True, append_images=[clear]), colour.quantize(4)
+    saved = {  # name: image, red of the last pixel, options of save(); 51400 is 200 * 257
+        "deep.png": (Image.new("I;16", (40, 30), 51400), 200, {}),
+        "eight-in-sixteen.png": (Image.new("I;16", (40, 30), 250), 1, {}),  # 250 / 257
+        "big-endian.tif": (Image.frombytes("I;16B", (40, 30), bytes([200] * 2400)), 200, {}),
+        "deep.pgm": (Image.new("I", (40, 30), 51400), 200, {}),
+        "grey.jpg": (Image.new("L", (40, 30), 90), 90, {}),
+        "clear-la.png": (clear.convert("LA"), None, {}),
+        "clear.png": (clear, 55, {}),  # blue of 200 on white: 255 - 200
+        "clear.webp": (clear, None, {}),
+        "clear.gif": (palette, None, dict(transparency=1)),
+        "clear-palette.png": (palette, None, dict(transparency=bytes([255, 0, 128, 7]))),
+        "clear-key.png": (colour, 0, dict(transparency=(250, 0, 0))),
+        "cmyk.jpg": (colour.convert("CMYK"), None, {}),
+        "bit.png": (halves("1", 0, 1), 255, {}),
+        "pages.tif": (colour, 0, frames),
+        "turned.jpg": (colour, None, dict(exif=exif)),
+        "turned.png": (colour, None, dict(exif=exif)),
+        "one.png": (Image.new("RGB", (1, 1), (7, 8, 9)), 7, {}),
+        "narrow.bmp": (Image.new("RGB", (3, 200), (60, 70, 80)), 60, {}),
+        'it\'s a "photo" $HOME; ünï 写真.PNG': (colour, 0, {}),
+    }
+    for name, (image, red, settings) in saved.items():
+        image.save(folder / name, **settings)
+        size = (30, 40) if "turned" in name else image.size
+        saved[name] = size, name.startswith("clear"), red
+    return saved
+
+
+def test_odd_images_are_loaded(tmp_path):
+    """Of 8 or 16 bits, in RGB, upright; what is transparent is laid on white."""
+    odd = odd_images(tmp_path)
+    (tmp_path / ".thumbnails").mkdir()
+    for name in (".hidden.png", ".thumbnails/0.png", "notes.txt"):
+        (tmp_path / name).write_bytes(b"as macOS leaves them")
+    assert {path.name for path in aggan.list_images(tmp_path)} == set(odd)
+    for name, (size, transparent, red) in odd.items():
+        image, kept = aggan.load_image(tmp_path / name), aggan.load_image(tmp_path / name, None)
+        assert (image.mode, image.size, kept.size) == ("RGB", size, size), name
+        assert kept.mode == ("RGBA" if transparent else "RGB"), name
+        assert red is None or abs(image.getpixel((size[0] - 1, size[1] - 1))[0] - red) <= 1, name
+        for at in ((0, 0), (size[0] - 1, size[1] - 1)) if transparent else ():
+            *colour, alpha = kept.getpixel(at)
+            laid = [255 + (c - 255) * alpha / 255 for c in colour]
+            assert image.getpixel(at) == pytest.approx(laid, abs=1), name
+        assert min(aggan.load_image(tmp_path / name, size=36).size) == 36
+        if "turned" in name:
+            assert image.getpixel((0, 0))[0] > 200 and image.getpixel((0, 39))[2] > 200
+
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, -1, -1)
+    image = aggan.TF.to_pil_image(levels)  # copied pixels keep their value
+    assert aggan.to_image(aggan.to_tensor(image) / 2 + 0.5).tobytes() == image.tobytes()
+
+
+def chunk(name, data):
+    """Of a PNG."""
+    check = zlib.crc32(name + data).to_bytes(4, "big")
+    return len(data).to_bytes(4, "big") + name + data + check
+
+
+def test_notes_do_not_spoil_a_picture(tmp_path, capsys):
+    """Texts of a PNG, huge or broken, and broken EXIF data; nothing is said of them."""
+    image, path = halves("RGB", (250, 0, 0), (0, 0, 250)), tmp_path / "0.png"
+    image.save(path)
+    data, huge = path.read_bytes(), zlib.compress(b"x" * (3 << 20))
+    notes = [chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + huge), chunk(b"eXIf", b"II*\0broken")]
+    notes += [chunk(b"zTXt", b"comment\0\0" + huge), chunk(b"iCCP", b"profile\0\0not compressed")]
+    notes += [chunk(name, b"comment\0text")[:-4] + b"????" for name in (b"tEXt", b"eXIf")]
+    for note in notes:
+        path.write_bytes(data[:33] + note + data[33:])
+        assert aggan.load_image(path).tobytes() == image.tobytes(), note[:40]
+    image.save(tmp_path / "0.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01broken")
+    assert aggan.load_image(tmp_path / "0.jpg").size == (40, 30)
+    assert capsys.readouterr().err == ""
+
+
+def useless_images(folder):
+    """Files that are no use, by name."""
+
+    def bomb(side):  # a PNG of a few bytes that says it is this large
+        header = chunk(b"IHDR", 2 * side.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0]))
+        data = chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+        return b"\x89PNG\r\n\x1a\n" + header + data
+
+    Image.new("F", (40, 30), 0.8).save(folder / "float.tif")
+    Image.new("I", (40, 30), 51400).save(folder / "integer.tif")
+    Image.new("RGB", (40, 30)).save(folder / "cut.jpg")
+    cut = (folder / "cut.jpg").read_bytes()
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n"
+    contents = {"text.png": b"not a picture", "empty.jpg": b"", "cut.jpg": cut[: len(cut) // 2]}
+    contents |= {"bomb.png": bomb(40000), "short.png": bomb(400), "program.png": program}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return sorted([*contents, "float.tif", "integer.tif"])
+
+
+def test_useless_images_are_refused_by_name(tmp_path, monkeypatch):
+    """... as masks, too; PostScript, which is a program, is not run."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("it ran"))
+    for name in useless_images(tmp_path):
+        for load in (aggan.load_image, lambda path: aggan.load_mask(path, (30, 40))):
+            with pytest.raises(aggan.BadInput) as error:
+                load(tmp_path / name)
+            assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+            deep = name in ("float.tif", "integer.tif")
+            assert ("save it with 8 or 16 bits" in str(error.value)) == deep
+    Image.new("RGB", (1000, 9)).save(tmp_path / "strip.png")
+    with pytest.raises(aggan.BadInput, match="strip.png.*1000 x 9"):  # would be 32000 pixels long
+        aggan.load_image(tmp_path / "strip.png", size=286)
+
+
+def test_training_goes_on_without_useless_images(folders, capsys):
+    """Each is named once; the order of the others is the same, whenever it was met."""
+    names = useless_images(folders / "trainA")
+    aggan.main(["train", *options(folders, workers=2, steps=15)])
+    output = capsys.readouterr()
+    *lines, last = output.err.splitlines()
+    assert len(lines) == len(names) and all("not a usable image" in line for line in lines)
+    assert all(sum(f"trainA/{name}: " in line for line in lines) == 1 for name in names)
+    assert f"{len(names)} images of A were no use" in last and "step 15/15" in output.out
+
+    places = folders / "trainA", folders / "trainB", 32, 36
+    first, second = (aggan.UnpairedImages(*places) for _ in "12")
+    pairs = {i: first[i][0] for i in range(40)}
+    for i in reversed(range(40)):  # as after a resume: other files have been met
+        assert torch.equal(second[i][0], pairs[i])
+    assert len(first.useless["a"]) == len(names) and not first.useless["b"]
+    for path in (folders / "trainB").iterdir():
+        path.write_text("not a picture")
+    with pytest.raises(SystemExit, match="2"):
+        aggan.main(["train", *options(folders, out=folders / "new")])
+    assert f"aggan.py: {folders}/trainB: not one usable image\n" in capsys.readouterr().err
+    assert not (folders / "new").exists()
+
+
+def test_an_error_that_passes_takes_no_image_out(folders, monkeypatch, capsys):
+    """Too many open files, no memory, a network drive: another image, this time."""
+    data = aggan.UnpairedImages(folders / "trainA", folders / "trainB", 32, 36)
+    whole = data[2]
+    for error in (
+        OSError(errno.EMFILE, "Too many open files"),
+        MemoryError(),
+        TimeoutError(110, "x"),
+    ):
+        errors = [error]
+        with monkeypatch.context() as patch:
+            fail = lambda *_, e=errors: raising(e.pop())() if e else None  # noqa: E731
+            spoilt(patch, Path, "read_bytes", fail)
+            assert not torch.equal(data[2][0], whole[0])
+            assert all(map(torch.equal, data[2], whole)) and not data.useless["a"]
+        assert "another image in its place this time" in capsys.readouterr().err
+    (folders / "trainA" / "0.png").unlink()
+    assert all(data[i] for i in range(5)) and len(data.useless["a"]) == 1  # one that is gone is
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_of_a_profile_are_converted(tmp_path, mode):
+    """One in which red is sRGB's green, and green its red; a broken one is none."""
+    profile = aggan.ImageCms.ImageCmsProfile(aggan.ImageCms.createProfile("sRGB")).tobytes()
+    for old, new in ((b"rXYZ", b"????"), (b"gXYZ", b"rXYZ"), (b"????", b"gXYZ")):
+        profile = profile.replace(old, new, 1)
+    profile = profile.replace("sRGB".encode("utf-16-be"), "odd ".encode("utf-16-be"))
+    path, colour = tmp_path / "wide.png", (60, 200, 70, 90)
+    image = Image.new("RGBA" if mode == "RGBA" else "RGB", (8, 8), colour)
+    image = image.quantize(4) if mode == "P" else image
+    for kind, expected in ((profile, (200, 60, 70, 90)), (b"no profile", colour)):
+        image.save(path, icc_profile=kind)
+        shown = aggan.load_image(path, mode=None)
+        assert shown.mode == ("RGBA" if mode == "RGBA" else "RGB")
+        assert all(abs(x - y) <= 3 for x, y in zip(shown.getpixel((0, 0)), expected))
+        shown.save(tmp_path / "again.png")
+        assert "icc_profile" not in Image.open(tmp_path / "again.png").info
+
+
+def test_what_is_left_out_is_said(trained, folders, capsys, monkeypatch):
+    """Other kinds, dead links, folders that cannot be read; links are followed, circles are not."""
+    mixed, far, closed = (folders / name for name in ("mixed", "far", "mixed/closed"))
+    for folder in (mixed, far, closed):
+        folder.mkdir()
+        Image.new("RGB", (40, 30), "green").save(folder / f"{folder.name}.png")
+    for link, place in (("far", far), ("circle", mixed), ("dead.png", folders / "nowhere")):
+        (mixed / link).symlink_to(place)
+    for name in ("1.HEIC", "2.HEIC", "3.jxl", "none", ".hidden"):
+        (mixed / name).write_bytes(b"ftypheic")
+    refused = PermissionError(errno.EACCES, "Permission denied", str(closed))
+    refuse = lambda at=".": raising(refused)() if Path(at) == closed else None  # noqa: E731
+    spoilt(monkeypatch, os, "scandir", refuse)
+    with pytest.raises(aggan.BadInput, match="^some files were left out, see above") as stopped:
+        aggan.translate(trained, [mixed], "b", folders / "new", device="cpu")
+    assert stopped.value.status == 1
+    done = sorted(path.name for path in (folders / "new").rglob("*.*"))
+    line, *more = capsys.readouterr().err.splitlines()
+    assert done == ["far.png", "mixed.png"] and line.startswith("warning: left out: ") and not more
+    for part in (".heic: not read, convert it; 2 of", "3.jxl (", "none (no suffix", "a dead link"):
+        assert part in line
+    assert "circle (linked once more" in line and "closed (Permission denied" in line
+    aggan.warn.cache_clear()
+    aggan.train(tiny(folders, a=str(mixed), steps=1, out=str(folders / "more")))
+    assert capsys.readouterr().err == line + "\n"
+    (far / "far.png").rename(far / "far.heif")
+    with pytest.raises(aggan.BadInput, match="far: no images in this folder, only .*far.heif"):
+        aggan.translate(trained, [far], "b", folders / "new", device="cpu")
+
+
+def test_a_folder_is_of_one_domain(trained, folders):
+    """One inside the other has images that are both domains'."""
+    (folders / "testA" / "inner").mkdir()
+    shutil.copy(folders / "testB" / "0.png", folders / "testA" / "inner")
+    for name in ("testA", "testA/inner", "../" + folders.name + "/testA"):
+        for a, b in ((folders / "testA", folders / name), (folders / name, folders / "testA")):
+            with pytest.raises(aggan.BadInput, match="one folder for each domain"):
+                aggan.check(aggan.configure(dict(a=str(a), b=str(b))))
+            with pytest.raises(aggan.BadInput, match="one folder for each domain"):
+                aggan.evaluate(trained, a=a, b=b, device="cpu")
+    with pytest.raises(aggan.BadInput, match="whose images its samples would be"):
+        aggan.train(tiny(folders, out=str(folders / "trainA" / "run")))
+
+
+# ---------- 12. Translate and evaluate ----------
+
+
+@pytest.mark.parametrize(
+    "model", [*([m] for m in aggan.PRESETS), ["guided", "--attention-map", "tam"]]
+)
+def test_every_preset_trains_and_translates_any_size(folders, capsys, model):
+    """... at the scale asked for; 0 is the image's own: what the generator makes of it, padded."""
+    run, new = folders / "run", folders / "new"
+    aggan.main(["train", *options(folders, steps=2), "--model", *model])
+    output = capsys.readouterr()
+    assert "step 2/2" in output.out and output.err == ""
+    assert output.out.splitlines()[-1].startswith(f"finished: grids in {run}/samples; translate")
+    translate = ["translate", run, folders / "testA", "--to", "b", "--out", new, "--attention"]
+    aggan.main([*map(str, translate), "--resize", "0", "--device", "cpu"])
+    generator = aggan.load_generators(run, CPU)[0]["g_ab"]
+    t = generator(pixels_of(folders / "testA" / "0.png")[None])
+    for file, drawn in {"0.png": t.image[0] / 2 + 0.5, "0_attention.png": t.foreground[0]}.items():
+        assert Image.open(new / file).tobytes() == aggan.to_image(drawn).tobytes()
+
+    for width, height, mode in ((40, 30, "RGBA"), (7, 5, "RGB"), (300, 1, "RGB"), (1, 1, "RGB")):
+        values = torch.randint(256, (4, height, width), dtype=torch.uint8)
+        image = aggan.TF.to_pil_image(values).convert(mode)
+        for side in (0, 16, 32, 64):
+            drawn, mask = aggan.translate_image(generator, image, side, CPU)
+            assert (drawn.mode, mask.mode, drawn.size, mask.size) == (mode, "L", *2 * [image.size])
+            assert mode == "RGB" or drawn.getchannel(3).tobytes() == image.getchannel(3).tobytes()
+
+
+class Left(nn.Module):
+    """Paints the left half black."""
+
+    def forward(self, x):
+        mask = (torch.arange(x.shape[-1]) < x.shape[-1] / 2).float().expand_as(x[:, :1])
+        attention, content = torch.cat([mask, 1 - mask], 1), -torch.ones_like(x)[:, None]
+        return Translation(aggan.fuse(x, attention, content), attention, content)
+
+
+def test_what_a_mask_leaves_alone_stays_as_it_is():
+    """To the bit, at full resolution, in RGB and below transparency."""
+    values = torch.randint(256, (4, 96, 256), dtype=torch.uint8)
+    for mode in ("RGB", "RGBA"):
+        image = aggan.TF.to_pil_image(values).convert(mode)
+        new, mask = aggan.translate_image(Left(), image, 24, CPU)
+        for left, right in ((0, 112), (144, 256)):  # but for a bicubic step, of 4 small pixels
+            part = (left, 0, right, 96)
+            assert (new.crop(part).tobytes() == image.crop(part).tobytes()) == (left > 0)
+            assert mask.crop(part).getextrema() == ((0, 0) if left else (255, 255))
+
+
+def test_a_large_image_is_translated_as_a_small_one(scenes, found):
+    """up4(translate(x)) is translate(up4(x)); at its own size it is not: stripes get thin."""
+    generator, size = aggan.load_generators(found, CPU)[0]["g_ab"], (128, 128)
+
+    def difference(image, side):
+        both = image, image.resize(size, Image.Resampling.BICUBIC)
+        small, large = (aggan.translate_image(generator, x, side, CPU)[0] for x in both)
+        small = small.resize(size, Image.Resampling.BICUBIC)
+        return (aggan.to_tensor(small) - aggan.to_tensor(large)).abs().mean().item() / 2
+
+    for path in aggan.list_images(scenes / "testA")[:3]:
+        image = aggan.load_image(path)
+        assert difference(image, 32) <= 0.02 < difference(image, 0)
 
 
 def test_translate(trained, folders, capsys):
-    """Odd images too: names, sizes, transparency; the inputs stay as they are."""
+    """Odd images: names, sizes, transparency; the inputs stay as they are."""
     (folders / "odd").mkdir()
     odd = odd_images(folders / "odd")
-    (folders / "odd" / "old.ppm").write_bytes(b"P6 2 1 255 abcdef")
-    odd["old.ppm"] = (2, 1), False, None
     before = {path: path.read_bytes() for path in (folders / "odd").iterdir()}
     capsys.readouterr()
     paths = aggan.translate(trained, [folders / "odd"], "b", folders / "out")
-    assert len(paths) == len(odd) and capsys.readouterr().err == ""
-    nets, _ = aggan.load_generators(trained, CPU)
+    said = capsys.readouterr()
+    assert len(paths) == len(odd) and said.err == ""
+    assert said.out.splitlines() == [f"{i}/{len(odd)}  {p}" for i, p in enumerate(paths, 1)]
     for name, (size, transparent, _) in odd.items():
         kept = Path(name).suffix.lower() in aggan.WRITABLE
         written = folders / "out" / (name if kept else name + ".png")
@@ -2309,39 +2035,42 @@ def test_translate(trained, folders, capsys):
         if image.mode == "RGBA":
             alpha = aggan.load_image(source, None).getchannel("A")
             assert image.getchannel("A").tobytes() == alpha.tobytes(), name
-        if name == "clear.tif":  # the colours below the transparency too, rounded to 8 bits
-            t = aggan.apply_any_size(nets["g_ab"], pixels_of(source))
-            drawn = aggan.TF.to_tensor(image)[:3]
-            assert (drawn - t.image[0] / 2 - 0.5).abs().max() < 0.5 / 255 + 1e-5
     assert all(path.read_bytes() == content for path, content in before.items())
-    turned = folders / "odd" / "turned.jpg"
-    aggan.translate(trained, [turned], "b", folders / "masks", attention=True)
-    mask = Image.open(folders / "masks" / "turned_attention.png")
-    assert (mask.size, mask.mode) == ((30, 40), "L")
+
+    (nets, config), image = aggan.load_generators(trained, CPU), folders / "testA" / "0.png"
+    for resize, side in (([], config.resize), (["--resize", 20], 20)):
+        given = ["translate", trained, image, "--to", "a", "--out", folders / f"{side}", *resize]
+        aggan.main([*map(str, given), "--attention", "--device", "cpu"])
+        drawn = aggan.translate_image(nets["g_ba"], aggan.load_image(image), side, CPU)
+        for name, picture in zip(("0.png", "0_attention.png"), drawn):
+            assert Image.open(folders / f"{side}" / name).tobytes() == picture.tobytes()
 
 
 def test_translate_names_what_it_cannot_do_and_does_the_rest(trained, folders, capsys, monkeypatch):
-    names, forward = useless_images(folders / "testA"), SchemeTwoGenerator.forward
-    Image.new("RGB", (64, 64)).save(folders / "testA" / "large.png")
+    names, load = useless_images(folders / "testA"), aggan.translate_image
+    wrong = {64: NO_MEMORY, 65: FloatingPointError("its translation is not finite")}
+    for side in wrong:
+        Image.new("RGB", (side, side)).save(folders / "testA" / f"{side}.png")
 
-    def limited(generator, x):  # as a small GPU does
-        if x.shape[2] == 64:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
-        return forward(generator, x)
+    def limited(generator, image, *rest):
+        if image.width in wrong:
+            raise wrong[image.width]
+        return load(generator, image, *rest)
 
-    monkeypatch.setattr(SchemeTwoGenerator, "forward", limited)
+    monkeypatch.setattr(aggan, "translate_image", limited)
     with pytest.raises(SystemExit, match="1"):
         arguments = ["translate", trained, folders / "testA", "--to", "b", "--out", folders / "new"]
         aggan.main([*map(str, arguments), "--device", "cpu"])
     *lines, last = capsys.readouterr().err.splitlines()
-    count = f"{len(names) + 1} of {len(names) + 6}"
-    assert last == f"aggan.py: {count} images not translated, see above"
-    for name in names:
-        assert sum(f"testA/{name}: not a usable image" in line for line in lines) == 1
-    assert sum("large.png: 64 x 64 pixels, not translated (CUDA out of m" in x for x in lines) == 1
+    count = f"{len(names) + 2} of {len(names) + 7}"
+    assert last == f"aggan.py: {count} images failed, see above"
+    reasons = dict.fromkeys(names, "not a usable image") | {"64.png": "CUDA out of memory"}
+    for name, reason in (reasons | {"65.png": "its translation is not finite"}).items():
+        assert sum(f"testA/{name}: {reason}" in line for line in lines) == 1
     assert sorted(p.name for p in (folders / "new").iterdir()) == [f"{i}.png" for i in range(5)]
 
 
+@pytest.mark.filterwarnings("ignore")  # PIL's, of images that it can read nevertheless
 def test_sixty_damaged_images(trained, folders, capsys, monkeypatch):
     """Each is translated or named; nothing else is said, and what is written is whole."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**5)  # so that none of them is a large one
@@ -2354,127 +2083,205 @@ def test_sixty_damaged_images(trained, folders, capsys, monkeypatch):
         source = sources[i % len(sources)]
         damaged = folders / "damaged" / f"{i}{source.suffix}"
         damaged.write_bytes(mutation(source.read_bytes(), numbers))
-    with warnings.catch_warnings(), pytest.raises(aggan.BadInput) as stopped:
-        warnings.simplefilter("ignore")  # PIL's, of images that it can read nevertheless
+    with pytest.raises(aggan.BadInput) as stopped:
         aggan.translate(trained, [folders / "damaged"], "b", folders / "o", device="cpu")
     output = capsys.readouterr()
     errors, done = output.err.splitlines(), output.out.splitlines()
-    assert str(stopped.value).startswith(f"{len(errors)} of 60 images not translated")
+    assert str(stopped.value).startswith(f"{len(errors)} of 60 images failed")
     assert len(errors) > 15 and len(done) > 15 and len(errors) + len(done) == 60
     assert all(re.match(r"warning: \S+/damaged/\d+\S*: not a usable image \(", e) for e in errors)
-    for path in done:
-        Image.open(path).load()
-    assert {str(p) for p in (folders / "o").iterdir()} == set(done)
-
-
-def test_copied_pixels_keep_their_value():
-    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, -1, -1)
-    image = aggan.TF.to_pil_image(levels)
-    assert aggan.to_image(aggan.to_tensor(image) / 2 + 0.5).tobytes() == image.tobytes()
+    written = {line.split("  ")[1] for line in done}
+    assert all(Image.open(path).load() for path in written)
+    assert {str(p) for p in (folders / "o").iterdir()} == written
 
 
 def test_translate_never_overwrites_an_input(trained, folders):
-    a, b, out = folders / "testA", folders / "testB", folders / "out"
+    """... by another name either; and no output another, on a disk that ignores case."""
+    a, b, out, link = (folders / name for name in ("testA", "testB", "out", "link"))
     before = (a / "0.png").read_bytes()
-    with pytest.raises(aggan.BadInput, match="is an input"):
-        aggan.translate(trained, [a], "b", a)
-    with pytest.raises(aggan.BadInput, match="both would write"):
-        aggan.translate(trained, [a / "0.png", b / "0.png"], "b", out)
+    link.mkdir()
+    os.link(a / "0.png", link / "0.png")
+    Image.new("RGB", (20, 20)).save(b / "2.PNG")
     Image.new("RGB", (20, 20)).save(a / "0.jpg")
-    with pytest.raises(aggan.BadInput, match="both would write .*0_attention.png"):
-        aggan.translate(trained, [a], "b", out, attention=True)
-    with pytest.raises(aggan.BadInput, match="0.png"):
-        aggan.translate(trained, [b], "a", a / "0.png")
+    for inputs, attention, place, words in (
+        ([a], False, a, "is an input"),
+        ([a], False, link, "is an input"),
+        ([a / "0.png", b / "0.png"], False, out, "both would write"),
+        ([b], False, out, "both would write"),
+        ([a], True, out, "both would write .*0_attention.png"),
+        ([b / "0.png"], False, a / "0.png", "0.png: is a file"),
+    ):
+        with pytest.raises(aggan.BadInput, match=words):
+            aggan.translate(trained, inputs, "b", place, attention=attention)
     assert (a / "0.png").read_bytes() == before and not out.exists()
 
 
-def test_mask_figures_by_hand():
+def test_figures_by_hand():
     foreground = torch.tensor([[0.9, 0.6], [0.4, 0.1]])
-    attention = torch.stack([foreground, 1 - foreground])[None]
     image = torch.tensor([[1.0, 0.5], [0.2, 0.0]]).expand(1, 3, 2, 2)
     mask = torch.tensor([[True, False], [True, False]])
-    t = Translation(image, attention, torch.zeros(1, 1, 3, 2, 2))
-    figures = aggan.mask_figures(torch.zeros(3, 2, 2), t, mask)
-    assert figures["iou"] == pytest.approx(1 / 3)  # found: upper row; true: left column
-    assert figures["background_error"] == pytest.approx(0.125)  # (0.5 + 0) / 2, halved: in [0, 1]
-    assert figures["foreground_change"] == pytest.approx(0.3)  # (1 + 0.2) / 2, halved
-    assert figures["mean_attention"] == pytest.approx(0.5)
+
+    def figures(foreground, mask):
+        attention = torch.stack([foreground, 1 - foreground])[None]
+        t = Translation(image, attention, torch.zeros(1, 1, 3, 2, 2))
+        return aggan.mask_figures(torch.zeros(3, 2, 2), t, mask)
+
+    hand = figures(foreground, mask)
+    assert hand["iou"] == pytest.approx(1 / 3)  # found: upper row; true: left column
+    assert hand["iou_of_all"] == pytest.approx(2 / 4)
+    assert hand["background_error"] == pytest.approx(0.125)  # (0.5 + 0) / 2, halved: in [0, 1]
+    assert hand["foreground_change"] == pytest.approx(0.3)  # (1 + 0.2) / 2, halved
+    assert hand["mean_attention"] == pytest.approx(0.5)
+    nothing = figures(foreground / 2, mask & False)  # an empty mask found empty is right
+    assert (nothing["iou"], nothing["iou_of_all"]) == (1, 0)
+    assert math.isnan(nothing["foreground_change"]) and nothing["background_error"] > 0
+    assert figures(foreground, mask & False)["iou"] == 0
+    assert math.isnan(figures(foreground, mask | True)["background_error"])
+    names = [name for name, value in figures(foreground, None).items() if not math.isnan(value)]
+    assert names == ["mean_attention"]
+
+    # variances at each of two pixels over two images, their mean, by that of all four values
+    for first, second, share in (
+        ((0, 1), (1, 0), 1),  # 1/4 and 1/4; of all 1/4
+        ((0, 1), (0, 1), 0),
+        ((0, 1), (1, 1), (1 / 4 + 0) / 2 / (3 / 16)),  # of all: mean 3/4, so 3/4 - 9/16
+    ):
+        masks = torch.tensor([first, second], dtype=torch.float).view(2, 1, 1, 2)
+        assert aggan.mask_variety(masks) == pytest.approx(share)
 
 
-def test_evaluate_averages_over_images(trained, folders):
-    for domain in "AB":
+def test_evaluate_averages_over_images(trained, folders, capsys):
+    """... over those that have a figure; it says how many, and writes what it says."""
+    for domain in "AB":  # masks: the corner of 20 x 20 pixels
         (folders / f"masks{domain}").mkdir()
         for path in aggan.list_images(folders / f"test{domain}"):
             mask = Image.new("L", Image.open(path).size)
             mask.paste(255, (0, 0, 20, 20))
             mask.save(folders / f"masks{domain}" / path.name)
-    results, figures = aggan.evaluate(trained, device="cpu"), []
+    (folders / "masksA" / "0.json").write_text("as labelme leaves them")
+    Image.new("L", (40, 60), 255).save(folders / "masksB" / "2.png")  # no background
+    aggan.main(["evaluate", str(trained), "--json", str(folders / "f.json"), "--device", "cpu"])
+    said, figures = capsys.readouterr(), []
+    results = json.loads((folders / "f.json").read_text())
     nets, _ = aggan.load_generators(trained, CPU)
-    for path in aggan.list_images(folders / "testB"):  # 40 x 60 -> 32 x 48, the mask's 20 -> 16
-        x = aggan.to_tensor(aggan.load_image(path, size=32))
-        mask = torch.zeros(48, 32, dtype=torch.bool)
-        mask[:16, :16] = True
+    for path in aggan.list_images(folders / "testB"):  # 40 x 60 -> 36 x 54, the mask's 20 -> 18
+        x = aggan.to_tensor(aggan.load_image(path, size=36))
+        mask = torch.full((54, 36), path.stem == "2")
+        mask[:18, :18] = True
         figures.append(aggan.mask_figures(x, aggan.apply_any_size(nets["g_ba"], x), mask))
-    for name, value in results["b2a"].items():
-        assert value == pytest.approx(sum(f[name] for f in figures) / 3, abs=1e-6)
+    for name in figures[0]:
+        values = [f[name] for f in figures if not math.isnan(f[name])]
+        assert len(values) == (2 if name == "background_error" else 3)
+        assert results["b2a"][name] == pytest.approx(sum(values) / len(values), abs=1e-6)
+    assert [results[way]["images"] for way in results] == [5, 3]
+    assert f"a2b: 5 images of {folders}/testA\n" in said.out and "0.json" in said.err
+    assert "b2a: background_error of 2 images\n" in said.out and "a2b: back" not in said.out
+    header, *rows = said.out.splitlines()[3:]
+    assert list(results) == header.split() and rows[0].split() == ["images", "5", "3"]
+    assert [row.split()[0] for row in rows] == list(results["a2b"])
+    assert 0 <= results["a2b"]["mask_variety"] <= 1
 
     (folders / "masksA" / "3.png").rename(folders / "masksA" / "3.webp.png")
     with pytest.raises(aggan.BadInput, match="masksA: no mask for 3.png"):
-        aggan.evaluate(trained)
+        aggan.evaluate(trained, device="cpu")
     shutil.rmtree(folders / "masksA")
-    figures = aggan.evaluate(trained)["a2b"]
+    figures = aggan.evaluate(trained, resize=20, device="cpu")["a2b"]
     assert figures["iou"] is None and 0 <= figures["mean_attention"] <= 1
+    assert "testA, without masks" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["0 and 255", "0 and 1", "palette", "bits", "soft", "colour"])
-def test_masks_may_be_labels(folders, kind):
-    box, mode = (4, 4, 28, 20), {"palette": "P", "bits": "1", "colour": "RGB"}.get(kind, "L")
-    mask = Image.new(mode, (48, 32))
-    white = {"0 and 1": 1, "palette": 2, "colour": (99, 0, 0), "bits": 1}.get(kind, 255)
-    mask.paste(white, box)
-    if kind == "palette":
-        mask.putpalette([0, 0, 0, 9, 9, 9, 20, 0, 0])
-    if kind == "soft":
-        mask.paste(100, (40, 4, 48, 20))  # the darker half of the grey values
-    mask.save(folders / "0[1].png")  # not a pattern
-    found = aggan.load_mask(folders, Path("0[1].jpg"), (32, 48), CPU)
-    expected = torch.zeros(32, 48, dtype=torch.bool)
+def test_figures_outlive_the_terminal(trained, folders, monkeypatch):
+    """They are written before they are printed; and are JSON, whatever the masks."""
+    run = aggan.train(tiny(folders, steps=1, model="cyclegan", out=str(folders / "c")))
+    given = ["evaluate", str(run), "--device", "cpu", "--json", str(folders / "f.json")]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        patch.setattr(aggan, "print_table", raising(KeyboardInterrupt))
+        aggan.main(given)
+    text = (folders / "f.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["a2b"]["mean_attention"] == 1
+    monkeypatch.setattr("builtins.print", raising(OSError(5, "Input/output error")))
+    aggan.main(given)
+    for there in (folders, trained / "checkpoint.pt"):
+        with pytest.raises(SystemExit, match="2"):
+            aggan.main(["evaluate", str(trained), "--json", str(there)])
+
+
+def test_what_a_mask_may_be(tmp_path):
+    """Black and white, two values with 0, a palette's colours, alpha; anything else is refused."""
+    path, expected = tmp_path / "mask.png", torch.zeros(32, 48, dtype=torch.bool)
     expected[4:20, 4:28] = True
-    assert torch.equal(found, expected)
+
+    def mask(mode, black, white, border=None, palette=None):
+        image = Image.new(mode.removesuffix(";16"), (48, 32), black)
+        image.paste(black if border is None else border, (3, 3, 29, 21))
+        image.paste(white, (4, 4, 28, 20))
+        if palette:
+            image.putpalette(palette)
+        return image.convert(mode)
+
+    soft, clear, white = mask("L", 3, 250), (255, 255, 255, 0), (255, 255, 255, 255)
+    soft.paste(100, (40, 4, 44, 20))  # 4 % of the pixels, the darker half of the grey values
+    right = [mask("L", 0, 255), mask("L", 0, 1), mask("1", 0, 1), mask("L", 29, 226), soft]
+    right += [mask("RGB", (0, 0, 0), (99, 0, 0)), mask("LA", clear[2:], white[2:])]
+    right += [mask("RGBA", clear, white), mask("RGBA", (0, 0, 0, 255), (255, 0, 0, 255))]
+    right += [mask("I;16", 0, 65535), mask("I;16", 0, 1)]
+    right += [mask("P", 1, 0, palette=[255, 255, 255, 0, 0, 0])]  # white first
+    right += [mask("P", 0, 2, palette=[0, 0, 0, 9, 9, 9, 20, 0, 0])]
+    for image in right:
+        image.save(path)
+        assert torch.equal(aggan.load_mask(path, (32, 48)), expected), image.mode
+    for level in (0, 255):  # all background, all foreground
+        Image.new("L", (48, 32), level).save(path)
+        assert (aggan.load_mask(path, (32, 48)) == (level > 0)).all()
+    assert aggan.load_mask(path, (16, 24)).shape == (16, 24)
+
+    voc = mask("RGB", (0, 0, 0), (128, 0, 0), border=(224, 224, 192))
+    labels = [mask("L", 1, 2), mask("L", 0, 2, border=1), mask("I;16", 0, 2, border=1)]
+    for image in (voc, *labels, mask("L", 60, 190)):
+        image.save(path)
+        with pytest.raises(aggan.BadInput, match="mask.png: not black and white; save"):
+            aggan.load_mask(path, (32, 48))
+    mask("L", 0, 255).save(path)
+    with pytest.raises(aggan.BadInput, match="mask.png: 48 x 32 pixels, for an image of 32 x 48"):
+        aggan.load_mask(path, (48, 32))
 
 
-def test_masks_that_do_not_fit(folders):
-    grey = Image.new("L", (48, 32), 1)
-    grey.paste(2, (0, 0, 9, 9))
-    grey.paste(0, (20, 0, 29, 9))
-    grey.save(folders / "0.png")
-    with pytest.raises(aggan.BadInput, match="0.png.*grey values to 2 only"):
-        aggan.load_mask(folders, Path("0.jpg"), (32, 48), CPU)
-    with pytest.raises(aggan.BadInput, match="0.png.*48 x 32 pixels; 0.jpg has 32 x 48"):
-        aggan.load_mask(folders, Path("0.jpg"), (48, 32), CPU)
-
-
-def test_masks_in_folders_like_their_images(trained, folders):
-    deep = folders / "deep"
+def test_masks_have_the_names_of_their_images(trained, folders):
+    """In folders alike, whatever their extension; ü is one letter, or two, as on a Mac."""
     for part, white in (("x", 0), ("y", 255)):
-        for name, mode, colour in (("testA", "RGB", (90, 50, 20)), ("masksA", "L", white)):
-            (deep / name / part).mkdir(parents=True)
-            Image.new(mode, (32, 32), colour).save(deep / name / part / "1.png")
-    figures = aggan.evaluate(trained, a=deep / "testA")["a2b"]
+        images = {f"testA/{part}/u\u0308.1[2].webp": Image.new("RGB", (32, 32), (90, 50, 20))}
+        images[f"masksA/{part}/\u00fc.1[2].png"] = Image.new("L", (32, 32), white)
+        for name, image in images.items():
+            path = folders / "deep" / name
+            path.parent.mkdir(parents=True)
+            image.save(path)
+    figures = aggan.evaluate(trained, a=folders / "deep" / "testA", device="cpu")["a2b"]
     assert figures["background_error"] is not None and figures["foreground_change"] is not None
 
 
-def test_evaluate_keeps_the_translations(trained, folders):
+def test_evaluate_keeps_the_translations(trained, folders, monkeypatch, capsys):
+    """... after all have been read: all or none; in a new folder."""
     (folders / "testA" / "more").mkdir()
     Image.new("RGB", (40, 32), (9, 90, 200)).save(folders / "testA" / "more" / "0.jpg")
-    saved = folders / "kept"
-    aggan.evaluate(trained, save=saved)
+    saved, broken = folders / "kept", folders / "testB" / "x.png"
+    broken.write_text("not a picture")
+    with pytest.raises(aggan.BadInput, match="x.png: not a usable image"):
+        aggan.evaluate(trained, save=saved, device="cpu")
+    broken.unlink()
+    nets, config = aggan.load_generators(trained, CPU)
+    with monkeypatch.context() as patch:
+        nan = torch.full((1, 3, 16, 16), math.nan)
+        wrong = dict.fromkeys(("g_ab", "g_ba"), Fixed(Translation(nan, nan, nan[None])))
+        patch.setattr(aggan, "load_generators", lambda *_: (wrong, config))
+        error = refusal(["evaluate", trained, "--save", saved, "--device", "cpu"], capsys, status=1)
+        assert "testA/0.png: its translation is not finite" in error and not saved.exists()
+
+    aggan.evaluate(trained, save=saved, device="cpu")
     names = [f"{i}.png" for i in range(5)] + ["more/0.png"]
-    expected = [f"a/{name}" for name in names] + [f"a2b/{name}" for name in names]
+    expected = [f"{part}/{name}" for part in ("a", "a2b") for name in names]
     expected += [f"{part}/{i}.png" for part in ("b", "b2a") for i in range(3)]
     assert sorted(p.relative_to(saved).as_posix() for p in saved.rglob("*.*")) == expected
-    nets, config = aggan.load_generators(trained, CPU)
-    image = aggan.load_image(folders / "testB" / "2.png", size=config.size)
+    image = aggan.load_image(folders / "testB" / "2.png", size=config.resize)
     assert Image.open(saved / "b" / "2.png").tobytes() == image.tobytes()
     t = aggan.apply_any_size(nets["g_ba"], aggan.to_tensor(image))
     drawn = aggan.to_image(t.image[0] / 2 + 0.5)
@@ -2487,28 +2294,7 @@ def test_evaluate_keeps_the_translations(trained, folders):
         aggan.evaluate(trained, save=folders / "again")
 
 
-def test_torch_fidelity_scores_what_evaluate_saves(trained, folders, tmp_path):
-    """By its own command, here with random Inception weights."""
-    pytest.importorskip("torch_fidelity")
-    from torch_fidelity import feature_extractor_inceptionv3 as module
-
-    with pytest.MonkeyPatch.context() as patch:  # it cannot be made without weights
-        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
-        net = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    torch.save(net.state_dict(), tmp_path / "weights.pth")
-    aggan.evaluate(trained, save=folders / "kept")
-    given = {"input1": folders / "kept" / "b2a", "input2": folders / "kept" / "b"}
-    given |= {"feature-extractor-weights-path": tmp_path / "weights.pth", "kid-subset-size": 2}
-    run = [sys.executable, "-m", "torch_fidelity.fidelity", "--cpu", "--kid", "--fid", "--json"]
-    run += [str(x) for name, value in given.items() for x in ("--" + name, value)]
-    run += ["--samples-find-deep"]
-    done = subprocess.run(run, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "kernel_inception_distance_mean" in done.stdout
-
-
-# ---------- 12. The command line ----------
+# ---------- 13. The command line ----------
 
 
 def test_every_field_is_an_option_with_help(capsys):
@@ -2522,78 +2308,20 @@ def test_every_field_is_an_option_with_help(capsys):
         assert found and ast.literal_eval(found[1]) == field.default, name
 
 
-@pytest.mark.parametrize(
-    "model", [*([m] for m in aggan.PRESETS), ["guided", "--attention-map", "tam"]]
-)
-def test_every_preset_by_the_command_line(folders, capsys, model):
-    out, new = folders / "run", folders / "new"
-    aggan.main(["train", *options(folders, steps=2), "--model", *model])
-    output = capsys.readouterr()
-    assert "step 2/2" in output.out and output.err == ""
-    translate = ["translate", out, folders / "testA", "--to", "b", "--out", new, "--attention"]
-    aggan.main([*map(str, translate), "--device", "cpu"])
-    t = aggan.load_generators(out, CPU)[0]["g_ab"](pixels_of(folders / "testA" / "0.png")[None])
-    expected = {"0.png": t.image[0] / 2 + 0.5, "0_attention.png": t.foreground[0]}
-    for file, tensor in expected.items():
-        drawn = aggan.TF.to_tensor(Image.open(new / file))
-        assert drawn.shape[1:] == (40, 48) and (drawn - tensor).abs().max() < 0.5 / 255 + 1e-5
-
-
-def test_command_line_end_to_end(folders, capsys):
-    out = folders / "runs" / "one"
-    given = ["train", *options(folders, out=out)]
-
-    def said(*arguments):
-        aggan.main(list(map(str, arguments)))
-        output = capsys.readouterr()
-        assert output.err == ""
-        return output.out
-
-    assert "epoch 1  step 5/5" in said(*given, "--epochs", 1)
-    assert "--resume" in refusal([*given, "--epochs", 1], capsys)
-    wrong = refusal([*given, "--epochs", 1, "--resume", "--lr", 1], capsys)
-    assert f"--lr 1.0 (there 0.0001): another run than {out}" in wrong
-    assert "resuming" in said("train", "--out", out, "--resume", "--no-graph", "--workers", 1)
-    for there in (folders, out / "checkpoint.pt"):
-        assert "exists, and is no .json" in refusal(["evaluate", out, "--json", there], capsys)
-    tests = ["--a", folders / "testA", "--b", folders / "testB"]
-    table = said("evaluate", out, *tests, "--json", folders / "f.json", "--device", "cpu")
-    results = json.loads((folders / "f.json").read_text())
-    header, *rows = table.splitlines()[2:]  # after two that say there are no masks
-    assert list(results) == ["a2b", "b2a"] == header.split()
-    for figures in results.values():
-        assert list(figures) == [row.split()[0] for row in rows]
-
-
-def test_small_settings_on_own_folders(folders, capsys):
-    out = folders / "small"
-    given = ["train", "--a", folders / "trainA", "--b", folders / "trainB", "--out", out, "--small"]
-    given = [*map(str, given), "--width", "4", "--device", "cpu", "--steps", "1"]
-    aggan.main(given)
-    config = aggan.load_checkpoint(out)["config"]
-    assert dict(aggan.SMALL, width=4, steps=1, l_paired=0.5).items() <= vars(config).items()
-    aggan.main([*given, "--resume"])
-    aggan.train(tiny(folders, steps=1))
-    capsys.readouterr()
-    run = ["train", "--out", str(folders / "run"), "--resume", "--small"]  # that one is not
-    assert re.search(r"--[\w-]+ \S+ \(there \S+\): another run", refusal(run, capsys))
-
-
 def test_aggan_alone_trains_translates_and_evaluates(folders):
     """The file, copied into an empty folder."""
-    alone = folders / "alone"
+    alone, run = folders / "alone", folders / "run"
     alone.mkdir()
     shutil.copy(ROOT / "aggan.py", alone)
-    run, pipe, stages = folders / "run", subprocess.PIPE, []
-    translate = ["translate", run, folders / "testA", "--to", "b", "--out", "new"]
+    train, translate = ["train", *options(folders, steps=2)], ["translate", run, folders / "testA"]
     evaluate = ["evaluate", run, "--a", folders / "testA", "--b", folders / "testB"]
-    for stage in ([["train", *options(folders, steps=2)]], [translate, evaluate]):
-        processes = []
-        for arguments in stage:
-            line = [sys.executable, "aggan.py", *map(str, arguments)]
-            processes.append(subprocess.Popen(line, cwd=alone, stdout=pipe, stderr=pipe))
-        stages += [(*process.communicate(), process.returncode) for process in processes]
-    assert [(error, status) for _, error, status in stages] == [(b"", 0)] * 3, stages
+    lines = ["|".join(map(str, x)) for x in (train, [*translate, "--to=b", "--out=new"], evaluate)]
+    code = "import runpy, sys\nfor line in sys.argv[1:]:\n    sys.argv[1:] = line.split('|')\n"
+    code += "    runpy.run_path('aggan.py', run_name='__main__')"
+    line = [sys.executable, "-c", code, *lines]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=alone, env=env, capture_output=True, text=True)
+    assert (done.stderr, done.returncode) == ("", 0) and "mean_attention" in done.stdout
     assert len(list((alone / "new").iterdir())) == 5
 
 
@@ -2601,95 +2329,47 @@ def test_bundled_set_trains_without_folders(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     aggan.main(["train", "--steps", "2", "--width", "4", "--device", "cpu"])
     output = capsys.readouterr()
-    assert "bundled drawings" in output.out.splitlines()[0] and output.err == ""
+    assert "300 images of A, 300 of B, the bundled drawings" in output.out and output.err == ""
     aggan.main(["evaluate", "runs/mini-scheme2", "--device", "cpu"])
     assert " - " not in capsys.readouterr().out  # masks were found
 
 
-def test_bench(tmp_path, capsys):
-    names = ("width", "blocks", "masks", "size", "resize", "device")
-    given = [str(x) for name in names for x in (aggan.flag(name), TINY[name])]
-    given += ["--precision", "bf16", "--json", str(tmp_path / "b.json")]
-    script("bench").main(given)
-    results, said = json.loads((tmp_path / "b.json").read_text()), capsys.readouterr().out
-    assert list(results) == ["eager float32", "eager, bf16"]
-    for name, row in results.items():
-        assert name in said and all(v is None or v > 0 for v in row.values())
-        assert row["pairs_a_second"] * row["ms_a_step"] == pytest.approx(1000)
+BAD_INPUT = {  # of which the line says
+    "train --a nowhere --b empty": "nowhere: no such file or folder",
+    "train --a empty --b nowhere": "empty: no images",
+    "train --a broken/x.png --b empty": "broken/x.png: is a file",
+    "train --a empty": "--a and --b",
+    "train --model cyclegam": "argument --model: invalid choice: 'cyclegam'",
+    "train --model cyclegan --l-paired 1": "--model cyclegan: ",
+    "train --model guided --l-gan 0 --l-paired 1": "--model guided: ",
+    "train --model guided --head pooled": "--model guided: ",
+    "train --size 66": "--size 66: ",
+    "train --resize 32": "--size 64: ",
+    "train --batch-size 0": "--batch-size 0: ",
+    "train --lr fast": "--lr: invalid float",
+    "train --lr nan": "--lr nan: ",
+    "train --r inf": "--r inf: ",
+    "train --l-gan 0 --l-paired 0": "--l-gan 0 --l-paired 0",
+    "train --out broken/x.png": "--out broken/x.png: is a file",
+    "train --device meta": "--device meta",
+    "evaluate nowhere": "nowhere: no checkpoint.pt",
+    "evaluate broken/x.png": "broken/x.png: not a checkpoint",
+    "translate nowhere empty --to b --out out": "empty: no images",
+    "translate nowhere broken --to c --out out": "argument --to: invalid choice: 'c'",
+    "translate nowhere x.png --to b --out out": "x.png: no such file or folder",
+    "translate nowhere broken --to b --out out": "nowhere: no checkpoint.pt",
+    "paint": "invalid choice: 'paint'",
+}
 
 
-def test_measure(folders, tmp_path, capsys, monkeypatch):
-    measure, row = script("measure"), {"tiny": "--width 4 --blocks 1 --steps 1"}
-    monkeypatch.setattr(measure, "TABLES", {"short": row, "photographs": row})
-    given = ["--runs", str(tmp_path), "--seeds", "1"]
-    measure.main(given)
-    trained = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(r"\| tiny \| `--width 4 .*` \| 0 \| 0\.\d{3} \| 0\.\d{3} \|.*", trained)
-    measure.main([*given, "--print"])
-    assert capsys.readouterr().out.splitlines()[-1] == trained  # it is there
-    own = ["--a", str(folders / "trainA"), "--b", str(folders / "trainB")]
-    measure.main(["photographs", *own, "--runs", str(tmp_path / "own"), "--seeds", "1"])
-    trained = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(r"\| tiny \| `--width 4 .*` \| 0 \| 0\.\d\d \| 0\.\d\d \|", trained)
-    assert len(list((tmp_path / "own").glob("*-scored/b2a/*.png"))) == 3  # for KID
-    (tmp_path / "1x1-0").write_text("not a run folder")
-    with pytest.raises(aggan.BadInput):
-        measure.measure("1x1", 0, tmp_path)
-    assert aggan.SchemeTwoGenerator is SchemeTwoGenerator  # no other row has its last layer
-    figures = [
-        {"a2b": dict(iou=iou, background_error=0.01, foreground_change=0.2)}
-        for iou in (0.5, 0.6, 0.9)
-    ]
-    assert measure.cell(figures[:2], "iou", "a2b") == "0.550 ± 0.071"  # sqrt(2 x 0.05^2)
-    assert measure.cell(figures, "iou", "a2b") == "0.500, 0.600, 0.900"
-    assert measure.cell(figures, "background_error", "a2b") == "0.0100, 0.0100, 0.0100"
-
-
-BAD_INPUT = [
-    ("train --a nowhere --b empty", "nowhere: no such file or folder"),
-    ("train --a empty --b nowhere", "empty: no images"),
-    ("train --a broken/x.png --b empty", "broken/x.png: is a file; name its folder"),
-    ("train --a empty --b broken/../empty", "--a and --b go together"),
-    ("train --a empty", "--a and --b go together"),
-    ("train --model cyclegam", "argument --model: invalid choice: 'cyclegam' (choose from"),
-    ("train --model cyclegan --l-paired 1", "--model cyclegan: has no mask"),
-    ("train --model guided --l-gan 0 --l-paired 1", "needs --l-gan"),
-    ("train --model guided --head pooled", "and --head patch"),
-    ("train --model guided --attention-map cam", "--attention-map: invalid choice: 'cam'"),
-    ("train --model mejjati --tau 2", "--tau 2.0: must be between 0 and 1"),
-    ("train --size 66", "--size 66: must be a multiple of 4"),
-    ("train --batch-size 0", "--batch-size 0: must be between 1"),
-    ("train --lr fast", "--lr: invalid float"),
-    ("train --lr nan", "--lr nan: must be between 0"),
-    ("train --seed -1", "--seed -1: must be between 0"),
-    ("train --l-gan 0 --l-paired 0", "leaves no discriminator"),
-    ("train --r 2", "--r 2.0: must be between 0.01 and 0.99"),
-    ("train --curriculum steep", "--curriculum: invalid choice: 'steep' (choose from"),
-    ("train --resize 32", "--size 64: must be a multiple of 4, and at most --resize 32"),
-    ("train --out broken/x.png", "--out broken/x.png: is a file"),
-    ("train --device meta", "--device meta"),
-    ("train --device gpu", "--device gpu"),
-    ("train --width 100000000", "--width 100000000: must be between 1 and 2048"),
-    ("train --steps " + "9" * 99, "must be between 0"),
-    ("train --masks 1", "--masks 1: must be"),
-    ("evaluate nowhere", "nowhere: no checkpoint.pt"),
-    ("evaluate broken/x.png", "not a checkpoint"),
-    ("translate nowhere empty --to b --out out", "empty: no images"),
-    ("translate nowhere broken --to c --out out", "argument --to: invalid choice: 'c'"),
-    ("translate nowhere x.png --to b --out out", "x.png: no such file or folder"),
-    ("translate nowhere broken --to b --out out", "nowhere: no checkpoint.pt"),
-    ("paint", "invalid choice: 'paint'"),
-]
-
-
-@pytest.mark.parametrize("arguments, words", BAD_INPUT)
-def test_bad_input_gets_one_line(tmp_path, monkeypatch, capsys, arguments, words):
+def test_bad_input_gets_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.png").write_text("not a picture")
-    assert words in refusal(arguments.split(), capsys)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "empty"]  # nothing was made
+    for arguments, words in BAD_INPUT.items():
+        assert words in refusal(arguments.split(), capsys), arguments
+        assert {path.name for path in tmp_path.iterdir()} == {"broken", "empty"}  # nothing was made
 
 
 # ---------- The documents ----------
@@ -2703,8 +2383,9 @@ COMMAND = r"^    (?:\S*python|torchrun --nproc-per-node \d) aggan\.py (.*)$"
 def test_documents_commands_are_understood():
     commands = [c for text in DOCUMENTS.values() for c in re.findall(COMMAND, text, re.M)]
     assert {c.split()[0] for c in commands} == {"train", "translate", "evaluate"}
+    parser = aggan.make_parser()
     for line in commands:
-        given = vars(aggan.make_parser().parse_args(shlex.split(line)))
+        given = vars(parser.parse_args(shlex.split(line)))
         if given.pop("command") == "train":
             small = given.pop("small")
             given.pop("resume")
@@ -2712,19 +2393,19 @@ def test_documents_commands_are_understood():
 
 
 def test_documents_name_what_exists():
+    """Tests, classes, options, links; and tables have as many cells in each row."""
     files = (ROOT / "aggan.py", *ROOT.glob("data/*.py"))
     code = "".join(path.read_text(encoding="utf-8") for path in files)
     fields = {aggan.flag(no + f.name) for f in dataclasses.fields(Config) for no in ("", "no_")}
-    foreign = {"--nproc-per-node", "--nnodes", "--logdir", "--help", "--l-area", "--gpu", "--cpu"}
-    foreign |= {"--kid", "--fid", "--input1", "--input2", "--kid-subset-size", "--batch-size"}
-    foreign |= {"--samples-find-deep", "--masks-a", "--masks-b"}
-    foreign |= {"--feature-extractor-weights-path"}
+    foreign = "--nproc-per-node --nnodes --logdir --help --l-area --gpu --cpu --kid --fid --input1"
+    foreign += " --input2 --kid-subset-size --batch-size --samples-find-deep --masks-a --masks-b"
+    foreign += " --feature-extractor-weights-path"
     for path, text in DOCUMENTS.items():
         for name in re.findall(r"`(test_\w+)`", text):
             assert name in globals(), name
         for name in re.findall(r"`([A-Z][a-z]\w+)`", text):  # classes
             assert hasattr(aggan, name), name
-        for name in set(re.findall(r"--[a-z][a-z0-9-]+", text)) - fields - foreign:
+        for name in set(re.findall(r"--[a-z][a-z0-9-]+", text)) - fields - set(foreign.split()):
             assert f'"{name}"' in code, name
         for link, anchor in re.findall(r"\]\(([\w/.-]*)(?:#([\w-]+))?\)", text):
             target = path.parent / link if link else path
@@ -2738,19 +2419,20 @@ def test_documents_name_what_exists():
 
 
 @pytest.mark.parametrize("diff", re.findall(r"```diff\n(.*?)```", EXERCISES, re.S))
-def test_exercises_run_and_change_something(folders, diff):
+def test_exercises_run_and_change_something(diff):
     source = (ROOT / "aggan.py").read_text(encoding="utf-8")
     for hunk in diff.split("@@\n"):
         lines = hunk.splitlines(True)
         old, new = ("".join(x[1:] for x in lines if x[0] in kept) for kept in (" -", " +"))
         assert source.count(old) == 1, old
         source = source.replace(old, new)
-    (folders / "changed.py").write_text(source, encoding="utf-8")
-    changed, judge = script("changed", folders), AttentionGuidedDiscriminator(TINY["width"])
-    results, x = [], torch.rand(1, 3, 32, 32) * 2 - 1
+    changed = sys.modules["changed"] = type(sys)("changed")
+    exec(compile(source, "changed.py", "exec"), vars(changed))
+    torch.manual_seed(1)  # the first steps' translations fool this judge, so that r is not 0.01
+    judge, results = AttentionGuidedDiscriminator(TINY["width"]), []
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
     for module in (aggan, changed):
-        config = module.configure(dict(TINY, a="a", b="b"))
-        trainer = module.Trainer(config, 2, CPU)
+        trainer = module.Trainer(module.configure(dict(TINY, a="a", b="b")), 2, CPU)
         trainer.nets["d_b"]["paired"].load_state_dict(judge.state_dict())
         for _ in range(2):
             assert all(term.isfinite() for term in trainer.step(x, x.flip(3)).values())
@@ -2760,30 +2442,18 @@ def test_exercises_run_and_change_something(folders, diff):
 
 
 def test_snippets_run(trained, monkeypatch, capsys):
-    shares = re.search(r"```python\n(.*?)```", EXERCISES, re.S)[1]
-    copy = (
-        re.search(r"    nets = torch.load.*?\n\n", README, re.S)[0].replace("\n    ", "\n").strip()
-    )
     monkeypatch.chdir(ROOT)
+    shares = re.search(r"```python\n(.*?)```", EXERCISES, re.S)[1]
     exec(shares.replace("runs/mini-scheme2", str(trained)), {})
     for line in capsys.readouterr().out.splitlines()[-2:]:
         assert len(json.loads(line)) == TINY["masks"]
         assert sum(json.loads(line)) == pytest.approx(1)
-    copy = copy.replace("runs/mini-scheme2", str(trained))
+    copy = re.search(r"    nets = torch.load.*?\n\n", README, re.S)[0].replace("\n    ", "\n")
+    copy = copy.strip().replace("runs/mini-scheme2", str(trained))
     names = {"torch": torch, "SchemeTwoGenerator": SchemeTwoGenerator}
     exec(copy.replace("width=16, blocks=3", "width=4, blocks=1, masks=3"), names)
     generator = aggan.load_generators(trained, CPU)[0]["g_ab"]
     assert torch.equal(names["t"].image, generator(torch.zeros(1, 3, 64, 64)).image)
-
-    export = re.search(r"    class OneWay.*?\n\n", README, re.S)[0].replace("\n    ", "\n").strip()
-    assert export.count("\n") < 6
-    monkeypatch.chdir(trained)
-    names = {"torch": torch, "aggan": aggan}
-    exec(export.replace("runs/mini-scheme2", str(trained)), names)
-    t, again = generator(torch.zeros(1, 3, 32, 80)), torch.export.load("a2b.pt2").module()
-    assert torch.equal(names["image"], t.image) and torch.equal(names["mask"], t.foreground)
-    x = torch.rand(1, 3, 64, 24) * 2 - 1
-    torch.testing.assert_close(again(x)[0], generator(x).image)
 
 
 PIECES = README.split("## Copy these pieces")[1].split("\n## ")[0]
@@ -2792,12 +2462,13 @@ PIECES = re.findall(r"^\| (`.*) \| (.*)\|$", PIECES, re.M)
 
 @pytest.mark.parametrize("pieces, needed", PIECES)
 def test_pieces_run_alone(folders, pieces, needed):
+    """Each row of the README's table: with what it needs, it runs without the rest of the file."""
     names, copied = (set(re.findall(r"`(\w+)`", cell)) for cell in (pieces, pieces + needed))
+    source, parts = (ROOT / "aggan.py").read_text(encoding="utf-8"), []
     if "sections 1 and 2" in needed:
-        copied |= {"Translation", "fuse", "NORMS", "conv_block", "up_block"}
-        copied |= {"ResidualBlock", "Encoder", "Decoder"}
-    source, x = (ROOT / "aggan.py").read_text(encoding="utf-8"), torch.rand(2, 3, 32, 32) * 2 - 1
-    parts = []
+        first = source[: source.index("# ---------- 3.")]
+        copied |= set(re.findall(r"^(?:def |class |)(\w+)(?:\(| =)", first, re.M))
+    x, mask = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 1, 32, 32)
     for part in ast.parse(source).body:
         imported = isinstance(part, (ast.Import, ast.ImportFrom))
         constant = isinstance(part, ast.Assign) and getattr(part.targets[0], "id", "") in copied
@@ -2805,30 +2476,20 @@ def test_pieces_run_alone(folders, pieces, needed):
             parts.append(part)
     alone = {"__name__": "copied"}
     exec(compile(ast.Module(parts, []), "copied", "exec"), alone)
+    (folders / "trainA" / "0.png").write_text("broken")
+    guide = [ActivationDiscriminator(3, 4)] if "GuidedGenerator" in names else []
+    tries = {
+        "fuse": lambda fuse: fuse(x, mask.expand(2, 2, 32, 32), x[:, None]),
+        "carry": lambda carry: carry(x, x[..., :8], x[..., 8:16]),
+        "Generator": lambda make: make(*guide, 4, 1)(x).image,
+        "Discriminator": lambda make: make(width=4)(x, mask),
+        "adversarial_loss": lambda loss: loss(mask, True),
+        "total_variation_loss": lambda loss: loss(mask),
+        "loss": lambda loss: loss(mask, mask),
+        "AdaptiveCurriculum": lambda make: make(100)(0),
+        "ImagePool": lambda make: make().query(x, mask)[0],
+        "UnpairedImages": lambda make: make(*folders.glob("train*"), 32, 36)[0][0],
+    }
     for name in names:
-        piece, mask = alone[name], torch.rand(2, 1, 32, 32)
-        if name == "fuse":
-            assert piece(x, mask.expand(2, 2, 32, 32), x[:, None]).shape == x.shape
-        elif "Generator" in name:
-            guide = [ActivationDiscriminator(3, 4)] if name == "GuidedGenerator" else []
-            t = piece(*guide, 4, 1)(x)
-            assert t.image.shape == x.shape and t.foreground.shape == mask.shape
-        elif "Discriminator" in name:
-            d = piece(width=4)
-            assert d(x, mask).shape == ((2, 1, 1, 1) if "Pooled" in name else (2, 1, 2, 2))
-            assert not hasattr(d, "attention") or d.attention(x).shape == mask.shape
-        elif name == "adversarial_loss":
-            assert piece(mask, True).shape == ()
-        elif name == "total_variation_loss":
-            assert piece(mask).shape == ()
-        elif name.endswith("loss"):
-            assert piece(mask, mask).shape == ()
-        elif name == "AdaptiveCurriculum":
-            assert piece(100)(0).tolist() == pytest.approx([0.01, 0.01])
-        elif name == "ImagePool":
-            assert piece().query(x, mask)[0].shape == x.shape
-        else:
-            assert name == "UnpairedImages"
-            (folders / "trainA" / "0.png").write_text("broken")
-            data = piece(folders / "trainA", folders / "trainB", 32, 36)
-            assert all(data[i][0].shape == (3, 32, 32) for i in range(5))
+        attempt = next(attempt for kind, attempt in tries.items() if name.endswith(kind))
+        assert attempt(alone[name]).isfinite().all(), name
