@@ -2048,7 +2048,7 @@ def main(argv: list[str] | None = None):
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for odd names
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large photograph is none
+    warnings.filterwarnings("ignore", module="PIL")  # of large photographs, of broken notes
     try:
         command(**given)
     except KeyboardInterrupt:
