@@ -718,10 +718,10 @@ class Config:
     head: str = "patch"         # of the discriminators: patch or pooled
     attention_map: str = "pha"  # of guided's discriminators: pha or tam
     tau: float = 0.0            # from --switch on, D sees only where the mask is >= tau; 0: never
-    switch: float = 0.3         # fraction of the run before tau, if any, and mejjati's frozen masks
+    switch: float = 0.3         # fraction of the run before tau; with tau, mejjati's masks freeze
 
     # objective
-    objective: str = "final"      # weights, rate: final (the papers) or released (authors' code)
+    objective: str = "final"      # weights but l_copy, rate: final (papers) or released (code)
     gan: str = "lsgan"            # adversarial loss: lsgan or vanilla
     l_gan: float = 0.5            # weight of L_GAN, Eq. 4
     l_paired: float = 0.5         # weight of L_AGAN, Eq. 5: the attention-guided discriminators
@@ -761,7 +761,7 @@ PRESETS = {
     "scheme1": {},
     "scheme2": {},
     "cyclegan": NO_CURRICULUM,
-    # r and l_copy are not of its paper: without them its masks fall to 0 here
+    # r and (a default) l_copy are not of its paper: without them its masks fall to 0 here
     "mejjati": dict(objective="released", l_identity=0.0, lr=1e-4, tau=0.1, r=0.8),
     "guided": dict(NO_CURRICULUM, l_identity=0.0),
 }
@@ -909,7 +909,7 @@ class Trainer:
             d = Recorded(self.discriminator_gradients, self.d_parameters, buffers)
             self.generator_gradients, self.discriminator_gradients = self.recorded = [g, d]
 
-        # for the log: figures of the steps since its last row, rows not written yet, bytes written
+        # for the log: figures since its last row, their names, lines not written yet, bytes written
         self.rows, self.names, self.log, self.logged = [], [], [], 0
         self.counts, self.per_epoch = {}, 1  # images of each domain; steps
         self.parts = {"nets": self.nets, "opt_g": self.opt_g, "opt_d": self.opt_d}
@@ -935,7 +935,7 @@ class Trainer:
         self.update(self.opt_d, self.d_parameters)
         self.scaler.update()
 
-        # how far each direction copies decides its next r, Eq. (11), if it is adaptive
+        # e and c of Eq. (11), for r or warnings; a copy of an A is judged as a B
         if "copy" in a:
             judge = "gan" if self.config.l_gan else "paired"
             e, c = torch.stack([ab[judge], ba[judge]]), torch.stack([b["copy"], a["copy"]])
@@ -951,9 +951,9 @@ class Trainer:
         return dict(zip(figures, copies))
 
     def generator_gradients(self, real_a: Tensor, real_b: Tensor, r: Tensor):
-        """Eq. (10), backwards -> fakes of A and B, masks of real_a and real_b, terms of both ways.
+        """Gradients of Eq. (10) -> fakes of A and B, masks of real_a, real_b, terms of both ways.
 
-        One direction at a time, to hold one graph. inputs: discriminators get no gradients here.
+        One direction at a time: one autograd graph. inputs: discriminators get no gradients here.
         """
         g_ab, g_ba, d_a, d_b = self.nets.values()
         self.opt_g.zero_grad()
@@ -1116,11 +1116,11 @@ def pick_precision(config: Config, device: torch.device) -> torch.dtype | None:
 # ---------- 10. The run ----------
 
 FORMAT = 8    # of the checkpoints
-FAILED = 128  # a process's word for it, beside the numbers of signals
+FAILED = 128  # what a failed process tells the others, where a signal's number would be
 
 
 def from_first(function, *arguments):
-    """function(*arguments), in the first process alone -> its result, in all; or its exception."""
+    """function(*arguments), in the first process alone -> its result, in all; or all end."""
     if WORLD == 1:
         return function(*arguments)
     if not dist.is_initialized():
@@ -1163,7 +1163,7 @@ def unusable(path, error) -> BadInput:
 
 
 def find_run(config: Config, resume: bool, typed: set | None) -> tuple[Config, dict | None]:
-    """-> its configuration, a saved run's but for what was typed of FREE; its state, if saved."""
+    """The configuration, a saved run's but for options of FREE typed anew; its state, or None."""
     out, file = Path(config.out), Path(config.out, "checkpoint.pt")
     if out.is_file():
         raise BadInput(f"--out {out}: is a file; name a folder")
@@ -1171,7 +1171,7 @@ def find_run(config: Config, resume: bool, typed: set | None) -> tuple[Config, d
         raise BadInput(f"--out {out}: not empty; name another folder, or --resume")
     for folder in domain_folders(config):
         if folder.resolve() in (out / "samples").resolve().parents:
-            raise BadInput(f"--out {out}: is in {folder}, whose images its samples would be")
+            raise BadInput(f"--out {out}: is in {folder}, which would take in its samples")
     if resume:
         say(f"resuming {file}" if file.exists() else f"starting anew: not there yet is {file}")
     if not resume or not file.exists():
@@ -1302,7 +1302,7 @@ class Report:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise BadInput("--tensorboard needs a package: pip install tensorboard") from None
-            folder = Path(trainer.config.out, "tensorboard")  # of a killed run later steps go
+            folder = Path(trainer.config.out, "tensorboard")  # purge: a killed run's later steps
             self.board = SummaryWriter(str(folder), purge_step=trainer.done + 1)
 
     def after_step(self, figures: dict[str, Tensor]):
@@ -1344,7 +1344,7 @@ class Report:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "ab") as file:
                 end = min(trainer.logged, file.tell())
-                file.truncate(end)  # what a run wrote that was killed later on
+                file.truncate(end)  # a killed run's rows after the checkpoint
                 lines = trainer.log if end else [",".join(row), *trainer.log]
                 file.write("".join(f"{line}\n" for line in lines).encode())
                 file.flush()
@@ -1367,7 +1367,7 @@ class Report:
         curriculum, n = self.trainer.curriculum, ("ab", "ba").index(way)
         e, c = curriculum.e[n].item(), curriculum.c[n].item()  # of Eq. (11)
         known, see = "copy" in means, "see README.md, The log, and when it goes wrong"
-        if known and self.trainer.config.gan == "lsgan" and c < 0.45:
+        if known and self.trainer.config.gan == "lsgan" and c < 0.45:  # 4/9: D says 1/3 of all
             warn(f"g_{way}: the discriminator hardly tells A from B, nor where they differ; {see}")
         elif known and e > 0.9 * c:
             warn(f"g_{way} copies its input, or nearly; {see}")
@@ -1411,7 +1411,7 @@ def save_samples(path: Path, nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor
 
 
 def save(trainer: Trainer, shown, board=None, last=True):
-    """Checkpoint, then a grid of the images `shown`. BadInput; before the last time a warning."""
+    """Checkpoint, grid of `shown`; what cannot be written: BadInput if `last`, else a warning."""
     mean_figures(trainer)  # BadInput where one is not finite
     for buffer in trainer.nets.buffers():
         if buffer.is_floating_point():  # running statistics of batch norms
@@ -1482,7 +1482,7 @@ def train(config: Config, resume: bool = False, typed: set | None = None) -> Pat
 
 # ==================== Part III: the program ====================
 
-# ---------- 11. Images ----------
+# ---------- 11. Files and images ----------
 
 DATA = Path(globals().get("__file__", ".")).resolve().parent / "data"  # the bundled drawings
 FORMATS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM PSD QOI SGI TGA TIFF WEBP".split()
@@ -1569,20 +1569,20 @@ def list_images(folder, left_out: list | None = None) -> list[Path]:
 
 
 def without_notes(data: bytes) -> bytes:
-    """A PNG's picture, colours and orientation; its texts may be huge, or broken."""
+    """A PNG without its texts, which may be huge, or broken; any other file as it is."""
     kept, at = [data[:8]], 8
     while at < len(data) and data.startswith(b"\x89PNG"):
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         name, whole = data[at + 4 : at + 8], zlib.crc32(data[at + 4 : end - 4]).to_bytes(4, "big")
         wanted = name in (b"tRNS", b"iCCP", b"eXIf") and whole == data[end - 4 : end]
-        if name[:1].isupper() or wanted:
+        if name[:1].isupper() or wanted:  # a capital: a PNG needs this chunk
             kept.append(data[at:end])
         at = end
     return b"".join(kept) if len(kept) > 1 else data
 
 
 def open_image(path) -> Image.Image:
-    """Its first frame, upright; of mode I where it is 16-bit grey. BadInput, or what may pass."""
+    """First frame, upright; 16-bit grey as mode I. BadInput; temporary errors as they are."""
     try:
         data = io.BytesIO(without_notes(Path(path).read_bytes()))
         with Image.open(data, formats=list(read_formats().values())) as image:
@@ -1749,7 +1749,7 @@ def load_generators(run, device: torch.device) -> tuple[nn.ModuleDict, Config]:
 def apply_any_size(generator: nn.Module, x: Tensor) -> Translation:
     """The generator on an image (3, H, W) of any size: padded as it needs, cropped back; B = 1."""
     height, width = x.shape[-2:]
-    down, right = (max(16, -(-side // 4) * 4) - side for side in (height, width))
+    down, right = (max(16 - side, -side % 4) for side in (height, width))  # to 16, multiples of 4
     t = generator(F.pad(x[None], (0, right, 0, down), mode="replicate"))
     if not t.image.isfinite().all():
         raise FloatingPointError("its translation is not finite")
@@ -1771,7 +1771,7 @@ def translate_image(generator: nn.Module, image: Image.Image, side: int, device)
     t = apply_any_size(generator, small.to(device))
     new, mask = to_image(t.image[0] / 2 + 0.5), to_image(t.foreground[0])
 
-    if seen != colours:
+    if seen != colours:  # resized, or laid on white: Eq. (12)
         bands = []
         for n, band in enumerate(colours.split()):  # one at a time: a third of the memory
             new = carry(to_tensor(band)[None], small[None, n : n + 1], t.image[:, n : n + 1])
@@ -1866,8 +1866,8 @@ def mask_variety(masks: Tensor) -> float:
 def load_mask(path, size) -> Tensor:
     """A true foreground, (H, W) of bools, resized to `size`; BadInput where its meaning is open.
 
-    Of its alpha, where that varies, else of each pixel's largest channel: all but 0, where there
-    are two values, 0 and another; else what is white, where nearly all is black or white.
+    Read from the alpha where that varies, else from each pixel's largest channel. Two values, 0 and
+    another: the other is foreground. Else 128 and up, where nearly all is black or white.
     """
     image = open_image(path)
     layers = TF.pil_to_tensor(image if image.mode == "I" else image.convert("RGBA"))  # (1 or 4, ..)
