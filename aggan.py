@@ -696,7 +696,7 @@ GUIDES = {"pha": ActivationDiscriminator, "tam": ResidualAttentionDiscriminator}
 
 @dataclasses.dataclass
 class Config:
-    """One run; each field is an option of `train`, its comment the help text.
+    """One run; each field, on one line, is an option of `train`, its comment the help text.
 
     The last one wins: these defaults, OBJECTIVES, PRESETS (by model), SMALL, the command line.
     """
@@ -754,8 +754,10 @@ class Config:
 
 RELEASED = dict(l_gan=1.0, l_paired=0.0, l_identity=5.0, l_pixel=0.0, l_tv=0.0, lr=2e-4)
 OBJECTIVES = {"final": {}, "released": RELEASED}
-# A further method: a class in section 3 or 7, with all networks that its losses need; an entry
-# here, what it must have whatever the objective; a line of build_generator.
+# A further method: a class in section 3 or 7, with all networks of its own (no others are trained);
+# in PRESETS, what it must have whatever the objective (SMALL still wins); in build_generator,
+# Config.model and the table on top a line; where it has no mask, UNFUSED and check. A further loss: a
+# function in section 5, a term in generator_objective, its weight in Config, by default 0.
 NO_CURRICULUM = dict(objective="released", curriculum="none", l_copy=0.0)
 PRESETS = {
     "scheme1": {},
@@ -1005,7 +1007,7 @@ class Trainer:
         return torch.full((2,), scheduled_r(self.config, progress), device=self.device)
 
     def state_dict(self) -> dict:
-        """All that the run needs to go on; of several processes, the first one's pools."""
+        """All that the run needs to go on; of CUDA no random numbers, the first process's pools."""
         plain = "total", "rows", "names", "log", "logged", "counts"
         return {name: getattr(self, name) for name in plain} | {
             "format": FORMAT,
@@ -1296,7 +1298,7 @@ class Report:
     def __init__(self, trainer: Trainer):
         self.trainer, self.board = trainer, None
         self.first = self.since = trainer.done
-        self.clock = self.shown = time.monotonic()
+        self.clock = self.printed = time.monotonic()
         if trainer.config.tensorboard and RANK == 0:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -1320,14 +1322,14 @@ class Report:
 
         # in a terminal one line, kept in place, between those that stay
         stays, terminal = row or steps in (1, 10), sys.stdout.isatty()
-        if stays or terminal and now - self.shown >= 1:
+        if stays or terminal and now - self.printed >= 1:
             pace = f"{seconds:.2g} s a step" if seconds >= 1 else f"{1 / seconds:.3g} steps/s"
             line = f"step {done}/{total}  {pace}  {duration((total - done) * seconds)} left"
             line += f"  attention {figures['attention_ab']:.3f} {figures['attention_ba']:.3f}"
             if "r_ab" in figures:
                 line += f"  r {figures['r_ab']:.3f} {figures['r_ba']:.3f}"
             say(f"\r{line:<100}" if terminal else line, end="\n" if stays else "")
-            self.shown = now
+            self.printed = now
         if stays:
             self.since, self.clock = done, now
         if steps == 1 and trainer.device.type == "cpu" and seconds * total > 6 * 3600:
@@ -1353,7 +1355,7 @@ class Report:
             warn(f"{path}: cannot be written, kept for the next row ({brief(error)})")
 
         for name, value in means.items() if self.board else ():
-            group = {"a": "masks", "r": "masks", "d": "discriminators"}.get(name[0], "generators")
+            group = dict(at="masks", r_="masks", d_="discriminators").get(name[:2], "generators")
             self.board.add_scalar(f"{group}/{name}", value, trainer.done)
         if trainer.config.model not in UNFUSED and trainer.done >= max(100, trainer.total / 10):
             for way, pool in (("ab", trainer.pool_b), ("ba", trainer.pool_a)):
@@ -1740,9 +1742,9 @@ def load_generators(run, device: torch.device) -> tuple[nn.ModuleDict, Config]:
         with torch.device("meta"):  # what does not match the file takes no memory
             nets = build(state["config"])
             nets.load_state_dict(state["parts"]["nets"], assign=True)
-    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        return nets.float().to(device).eval(), state["config"]
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise unusable(run, error) from None
-    return nets.float().to(device).eval(), state["config"]
 
 
 @torch.no_grad()
