@@ -41,7 +41,7 @@ Images are (B, 3, H, W) in [-1, 1], masks (B, n, H, W) in [0, 1].
     python aggan.py evaluate runs/NAME --a testA --b testB
 
 The first takes about four minutes on two CPU cores. Its masks then match the drawn animals with an
-intersection over union of 0.89 (A -> B) and 0.88 (B -> A), means of seeds 0, 1, 2.
+intersection over union of 0.88 (A -> B) and 0.88 (B -> A), means of seeds 0, 1, 2.
 """
 
 import argparse
@@ -756,7 +756,7 @@ RELEASED = dict(l_gan=1.0, l_paired=0.0, l_identity=5.0, l_pixel=0.0, l_tv=0.0, 
 OBJECTIVES = {"final": {}, "released": RELEASED}
 # A further method: a class in section 3 or 7, with all networks of its own (no others are trained);
 # in PRESETS, what it must have whatever the objective (SMALL still wins); in build_generator,
-# Config.model and the table on top a line; where it has no mask, UNFUSED and check. A further loss: a
+# Config.model and the table on top a line; where it has no mask, UNFUSED and check. A new loss: a
 # function in section 5, a term in generator_objective, its weight in Config, by default 0.
 NO_CURRICULUM = dict(objective="released", curriculum="none", l_copy=0.0)
 PRESETS = {
