@@ -1282,7 +1282,7 @@ def mean_figures(trainer: Trainer) -> dict[str, float]:
     means = {}
     if trainer.rows:
         means = dict(zip(trainer.names, average(torch.stack(trainer.rows).mean(0)).tolist()))
-    names, weights = zip(*trainer.nets.named_parameters())
+    names, weights = zip(*trainer.nets.state_dict().items())
     finite = torch.stack([weight.isfinite().all() for weight in weights]).tolist()  # waits once
     wrong = [name for name, mean in means.items() if not math.isfinite(mean)]
     wrong += [name for name, fine in zip(names, finite) if not fine]
@@ -1313,7 +1313,7 @@ class Report:
         trainer.names = list(figures)
         trainer.rows.append(torch.stack(list(figures.values())))
         done, total, steps = trainer.done, trainer.total, trainer.done - self.first
-        seconds = (now - self.clock) / (done - self.since)
+        seconds = max(now - self.clock, 1e-3) / (done - self.since)  # some clocks stand still
         row = done % config.log_every == 0 or done == total
         if row:
             figures, trainer.rows = mean_figures(trainer), []
@@ -1356,7 +1356,8 @@ class Report:
 
         for name, value in means.items() if self.board else ():
             group = dict(at="masks", r_="masks", d_="discriminators").get(name[:2], "generators")
-            self.board.add_scalar(f"{group}/{name}", value, trainer.done)
+            with contextlib.suppress(OSError):  # a full disk
+                self.board.add_scalar(f"{group}/{name}", value, trainer.done)
         if trainer.config.model not in UNFUSED and trainer.done >= max(100, trainer.total / 10):
             for way, pool in (("ab", trainer.pool_b), ("ba", trainer.pool_a)):
                 self.warn_of_masks(way, pool, means)
@@ -1404,9 +1405,11 @@ def save_samples(path: Path, nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor
     """A PNG, a row for each pair: four panels of A -> B, four of B -> A. -> the grid in [0, 1]."""
     nets.eval()
     rows = []
-    for a, b in zip(real_a, real_b):  # one image at a time: training needs the memory
-        rows += [panels(nets["g_ab"], a), panels(nets["g_ba"], b)]
-    nets.train()
+    try:
+        for a, b in zip(real_a, real_b):  # one image at a time: training needs the memory
+            rows += [panels(nets["g_ab"], a), panels(nets["g_ba"], b)]
+    finally:
+        nets.train()
     grid = make_grid(torch.cat(rows) / 2 + 0.5, nrow=8, pad_value=1)
     write_whole(path, lambda file: to_image(grid).save(file, "PNG"))
     return grid
@@ -1426,10 +1429,11 @@ def save(trainer: Trainer, shown, board=None, last=True):
         grid = save_samples(out / "samples" / f"{trainer.done:07}.png", trainer.nets, *shown)
         if board:
             board.add_image("samples", grid, trainer.done)
-    except (BadInput, ArithmeticError) as error:
+    except (BadInput, OSError, ArithmeticError, torch.OutOfMemoryError) as error:
         if last:
             raise
-        warn(f"{error}; tried again in {trainer.config.save_every} steps")
+        every = trainer.config.save_every
+        warn(f"step {trainer.done}: {brief(error)}; tried again in {every} steps")
 
 
 def train(config: Config, resume: bool = False, typed: set | None = None) -> Path:
@@ -1443,6 +1447,7 @@ def train(config: Config, resume: bool = False, typed: set | None = None) -> Pat
     device = pick_device(check(config).device)
     data = UnpairedImages(*domain_folders(config), config.size, config.resize, config.seed)
     trainer = start(config, state, data, device)
+    del state  # as large as the checkpoint
     shown = [images.to(device) for images in sample_images(config)]
 
     # batches, from where the run is; every process takes its turn
@@ -1474,7 +1479,8 @@ def train(config: Config, resume: bool = False, typed: set | None = None) -> Pat
         raise failure
     if stop:
         line = "another process failed, see above; " if stop == FAILED else ""
-        line += f"stopped after step {trainer.done}, saved; goes on with --resume"
+        saved = "saved; goes on with --resume" if trainer.done else "nothing to save"
+        line += f"stopped after step {trainer.done}, {saved}"
         raise BadInput(line, 1 if stop == FAILED else 128 + int(stop))
     for domain, useless in data.useless.items():
         if useless:
@@ -1615,7 +1621,7 @@ def load_image(path, mode: str | None = "RGB", size=0) -> Image.Image:
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
 
     # colours of a profile, as phones and cameras write; without a usable one as they are
-    with contextlib.suppress(KeyError, OSError, ImageCms.PyCMSError):
+    with contextlib.suppress(KeyError, OSError, TypeError, ValueError, ImageCms.PyCMSError):
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
         if "sRGB" not in ImageCms.getProfileDescription(profile):
             image = image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
@@ -1704,14 +1710,16 @@ def domain_folders(config: Config) -> tuple[Path, Path]:
 
 def sample_images(config: Config) -> list[Tensor]:
     """For the sample grids, four images of A and of B; of test folders, where there are any."""
-    folders = []
-    for folder in domain_folders(config):
-        test = sibling(folder, "train", "test")
-        with contextlib.suppress(BadInput):  # there may be none in it
-            folder = test if test and list_images(test) else folder
-        folders.append(folder)
-    images = UnpairedImages(*folders, config.resize, config.resize, config.seed)
-    return [torch.stack(column) for column in zip(*(images[i] for i in range(4)))]
+
+    def four(folders):
+        images = UnpairedImages(*folders, config.resize, config.resize, config.seed)
+        return [torch.stack(column) for column in zip(*(images[i] for i in range(4)))]
+
+    trained = domain_folders(config)
+    try:
+        return four([sibling(folder, "train", "test") or folder for folder in trained])
+    except BadInput:  # a test folder without one usable image
+        return four(trained)
 
 
 # ---------- 12. Translate and evaluate ----------
@@ -2033,9 +2041,12 @@ def run_evaluate(json_file, **given):
     if json_file and path.exists() and (path.suffix != ".json" or path.is_dir()):
         raise BadInput(f"--json {path}: exists, and is no .json file")
     results = evaluate(**given)
-    if json_file:  # first: the terminal may be gone
-        write_whole(path, lambda file: file.write((json.dumps(results, indent=2) + "\n").encode()))
-    print_table(results)
+    text = json.dumps(results, indent=2) + "\n"
+    try:  # neither a terminal that is gone nor a full disk loses the figures
+        if json_file:
+            write_whole(path, lambda file: file.write(text.encode()))
+    finally:
+        print_table(results)
 
 
 def main(argv: list[str] | None = None):

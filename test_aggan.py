@@ -39,7 +39,7 @@ from aggan import SchemeOneGenerator, SchemeTwoGenerator, Translation
 ROOT = Path(__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXERCISES = (ROOT / "data" / "exercises.md").read_text(encoding="utf-8")
-MOST_LINES = 2069  # of aggan.py
+MOST_LINES = 2082  # of aggan.py
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # small networks; and processes that are compared round alike
 
