@@ -1502,9 +1502,16 @@ def say(line, end="\n", file=None):
         print(line, end=end, file=file, flush=True)
 
 
-@functools.cache  # each line once
+WARNED = set()  # lines
+WARNING = threading.Lock()
+
+
 def warn(line):
-    say(f"warning: {line}", file=sys.stderr)
+    """Says a line once, whichever threads come upon it."""
+    with WARNING:
+        if line not in WARNED:
+            WARNED.add(line)
+            say(f"warning: {line}", file=sys.stderr)
 
 
 def brief(error) -> str:
