@@ -1330,6 +1330,23 @@ def test_resume_equals_a_whole_run(folders, monkeypatch, capsys, what, status, s
     assert [row[0] for row in columns(whole)] == ["step", "2", "4", "6", "8", "10", "11"]
 
 
+def test_what_a_failed_grid_leaves(folders, monkeypatch, capsys):
+    """The checkpoint, and networks in training mode; statistics that are not finite save none."""
+    trainer = aggan.Trainer(tiny(folders, norm="batch"), 10, CPU)
+    shown, file = BATCH[0][:1], folders / "run" / "checkpoint.pt"
+    monkeypatch.setattr(aggan, "panels", raising(NO_MEMORY))
+    aggan.save(trainer, (shown, shown), last=False)
+    assert "out of memory" in capsys.readouterr().err and trainer.nets.training
+    with pytest.raises(torch.OutOfMemoryError):
+        aggan.save(trainer, (shown, shown))
+    saved = file.read_bytes()
+    norms = [net for net in trainer.nets.modules() if hasattr(net, "running_var")]
+    norms[0].running_var[0] = math.nan
+    with pytest.raises(aggan.BadInput, match="running_var is not finite; not saved"):
+        aggan.save(trainer, (shown, shown), last=False)
+    assert file.read_bytes() == saved
+
+
 def test_a_run_goes_on_further_and_elsewhere(folders, capsys):
     """From then on it is the longer run. Folders, length, rate and machine may be typed anew."""
     out, there = folders / "run", folders / "else"
