@@ -1251,9 +1251,9 @@ def batches(data, turns, size: int, threads: int, pin: bool):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Within, SIGINT, SIGTERM, SIGHUP are noted in the list given, unless ignored, as under nohup.
+    """Within, SIGINT, SIGTERM, SIGHUP are noted, in the list given; a second one kills.
 
-    A second one kills, but not under torchrun, which repeats them.
+    Not under torchrun, which repeats them. A SIGHUP that was ignored, as under nohup, stays so.
     """
     seen = []
 
@@ -1266,10 +1266,12 @@ def stop_signals():
                 os.write(2, f"\nstopping after this step{again}\n".encode())
         seen.append(number)
 
-    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    numbers = {signal.SIGINT, signal.SIGTERM}
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.add(signal.SIGHUP)  # Windows has none
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
-        numbers = ()
-    before = {n: signal.signal(n, note) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+        numbers = set()
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield seen
     finally:

@@ -39,7 +39,7 @@ from aggan import SchemeOneGenerator, SchemeTwoGenerator, Translation
 ROOT = Path(__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXERCISES = (ROOT / "data" / "exercises.md").read_text(encoding="utf-8")
-MOST_LINES = 2089  # of aggan.py
+MOST_LINES = 2091  # of aggan.py
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # small networks; and processes that are compared round alike
 
@@ -1462,6 +1462,11 @@ def test_signals_finish_the_step_and_save(folders, started, monkeypatch, capfd):
         error = capfd.readouterr().err
         assert error.count("stopping after") == 1 and ("once more" in error) == (world == 1)
         assert signal.getsignal(signal.SIGTERM) is before
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of a script's background job
+    with aggan.stop_signals() as seen:
+        signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, ignored)
+    assert seen == [signal.SIGINT]
 
 
 def test_out_of_memory(folders, monkeypatch, capsys):
