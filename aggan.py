@@ -972,7 +972,7 @@ class Trainer:
         return fake_a, fake_b, mask_a, mask_b, ab, ba
 
     def discriminator_gradients(self, real_a, mask_a, real_b, mask_b, *fakes):
-        """Eqs. (4), (5), backwards -> terms of A's, of B's. fakes: of A and its mask, of B, its."""
+        """Gradients, Eqs. (4), (5), -> terms of d_a, d_b. fakes: of A, mask, of B, mask."""
         _, _, d_a, d_b = self.nets.values()
         a, b, fake_a, fake_b = (real_a, mask_a), (real_b, mask_b), fakes[:2], fakes[2:]
         self.opt_d.zero_grad()
