@@ -80,9 +80,10 @@ def measure(options, seed, runs, train=True, folders=()):
     out, scheme2 = runs / f"{name}-{seed}", aggan.SchemeTwoGenerator
     figures = out.with_suffix(".json")
     if figures.exists():
-        config = aggan.load_checkpoint(out)["config"]
-        if folders and [str(Path(folders[k]).resolve()) for k in (1, 3)] != [config.a, config.b]:
-            raise aggan.BadInput(f"{out}: a run of other images; name another folder, --runs")
+        if folders:
+            trained = aggan.load_checkpoint(out)["config"]
+            if [str(Path(folders[k]).resolve()) for k in (1, 3)] != [trained.a, trained.b]:
+                raise aggan.BadInput(f"{out}: a run of other images; name another folder, --runs")
         return json.loads(figures.read_text())
     if not train:
         raise aggan.BadInput(f"{figures}: not there yet")
