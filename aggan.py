@@ -1566,9 +1566,9 @@ def list_images(folder, left_out: list | None = None) -> list[Path]:
         seen.add(os.path.realpath(here))
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for path in (Path(here, name) for name in names if not name.startswith(".")):
-            kind = path.suffix.lower()
-            why = f"{kind or 'no suffix'}: not read, convert it" if path.exists() else "a dead link"
-            if kind in kinds and path.exists():
+            kind, dead = path.suffix.lower(), not path.exists()
+            why = "a dead link" if dead else f"{kind or 'no suffix'}: not read, convert it"
+            if kind in kinds and not dead:
                 images.append(path)
             else:
                 others[why].append(path)
