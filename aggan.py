@@ -698,7 +698,7 @@ GUIDES = {"pha": ActivationDiscriminator, "tam": ResidualAttentionDiscriminator}
 class Config:
     """One run; each field, on one line, is an option of `train`, its comment the help text.
 
-    The last one wins: these defaults, OBJECTIVES, PRESETS (by model), SMALL, the command line.
+    The last one wins: defaults, SMALL_TV, OBJECTIVES, PRESETS (by model), SMALL, the command line.
     """
 
     # data
