@@ -1517,7 +1517,7 @@ def warn(line):
 
 
 def brief(error) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return " ".join(re.sub("<.* at 0x.*>", "", str(error)).split())[:200] or type(error).__name__
 
 
 def write_whole(path: Path, save):
