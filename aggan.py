@@ -1311,22 +1311,27 @@ class Report:
 
     def after_step(self, figures: dict[str, Tensor]):
         """Takes in a step's figures; every so often, a row of the log, a line on the screen."""
-        trainer, config, now = self.trainer, self.trainer.config, time.monotonic()
+        trainer, config, cpu = self.trainer, self.trainer.config, self.trainer.device.type == "cpu"
         trainer.names = list(figures)
         trainer.rows.append(torch.stack(list(figures.values())))
         done, total, steps = trainer.done, trainer.total, trainer.done - self.first
-        seconds = max(now - self.clock, 1e-3) / (done - self.since)  # some clocks stand still
         row = done % config.log_every == 0 or done == total
+        stays, terminal = row or steps in (1, 10), sys.stdout.isatty()
+        if stays:
+            figures["attention_ab"].item()  # waits for the device, then looks at the clock
+        now = time.monotonic()
+        seconds = max(now - self.clock, 1e-3) / (done - self.since)  # some clocks stand still
         if row:
             figures, trainer.rows = mean_figures(trainer), []
             if RANK == 0:
                 self.log(figures, config.batch_size * WORLD / seconds)
 
         # in a terminal one line, kept in place, between those that stay
-        stays, terminal = row or steps in (1, 10), sys.stdout.isatty()
         if stays or terminal and now - self.printed >= 1:
             pace = f"{seconds:.2g} s a step" if seconds >= 1 else f"{1 / seconds:.3g} steps/s"
-            line = f"step {done}/{total}  {pace}  {duration((total - done) * seconds)} left"
+            if cpu or steps > 10:  # a GPU's first steps choose kernels and record the graph
+                pace += f"  {duration((total - done) * seconds)} left"
+            line = f"step {done}/{total}  {pace}"
             line += f"  attention {figures['attention_ab']:.3f} {figures['attention_ba']:.3f}"
             if "r_ab" in figures:
                 line += f"  r {figures['r_ab']:.3f} {figures['r_ba']:.3f}"
@@ -1334,7 +1339,7 @@ class Report:
             self.printed = now
         if stays:
             self.since, self.clock = done, now
-        if steps == 1 and trainer.device.type == "cpu" and seconds * total > 6 * 3600:
+        if steps == 1 and cpu and seconds * total > 6 * 3600:
             say("that is long on a CPU: --small takes minutes, for a first look")
 
     def log(self, means: dict[str, float], pairs_per_second: float):
@@ -1472,6 +1477,7 @@ def train(config: Config, resume: bool = False, typed: set | None = None) -> Pat
             last = trainer.done == trainer.total
             if last or trainer.done % config.save_every == 0:
                 save(trainer, shown, report.board, last)
+                report.since, report.clock = trainer.done, time.monotonic()  # that was no step
         if stop and trainer.done:
             save(trainer, shown, report.board)
     if report.board:
@@ -2080,11 +2086,11 @@ def main(argv: list[str] | None = None):
     except (MemoryError, RuntimeError) as error:
         if WORLD > 1 and "peer" in str(error):
             parser.exit(1, f"{parser.prog}: another process is lost ({brief(error)})\n")
-        known = re.search("out of memory|t allocate memory", str(error))
+        known = re.search("out of memory|t allocate memory|32-bit index", str(error))
         if not known and not isinstance(error, MemoryError):
             raise
         cure = "train needs less with a smaller --batch-size, --size, --width, --masks"
-        parser.error(f"out of memory: {cure}")
+        parser.error(f"out of memory, or of 32-bit indices: {cure}")
 
 
 if __name__ == "__main__":

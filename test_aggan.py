@@ -1153,9 +1153,10 @@ def report(folders, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(aggan.time, "monotonic", lambda: now[0])
 
-    def make(total, done=0, **changes):
+    def make(total, done=0, device="cpu", **changes):
         trainer = aggan.Trainer(tiny(folders, **changes), total, CPU)
         trainer.counts, trainer.per_epoch, trainer.done = {"a": 5, "b": 3}, 5, done
+        trainer.device = torch.device(device)
         report = aggan.Report(trainer)
 
         def step(seconds, attention=0.3):
@@ -1177,6 +1178,12 @@ def test_progress_is_shown(report, folders, monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in said] == [f"{i}/40" for i in (1, 10, 15, 30, 40)]
     assert said[1] == "step 10/40  4 steps/s  8 s left  attention 0.300 0.400"
+    step = report(1000, device="cuda", log_every=50)  # whose first steps are slow
+    for seconds in (5, *[0.5] * 9, *[0.1] * 40):
+        step(seconds)
+    said = [line.split("  ")[:3] for line in capsys.readouterr().out.splitlines()]
+    assert [line[1] for line in said] == ["5 s a step", "2 steps/s", "10 steps/s"]
+    assert [line[2] for line in said] == ["attention 0.300 0.400"] * 2 + ["95 s left"]
     report(2_000_000, done=1_234_566, log_every=1)(2)
     said = capsys.readouterr().out.splitlines()
     assert "2 s a step  17 d 17 h left" in said[0] and len(said) == 2 and "--small" in said[1]
@@ -1473,12 +1480,13 @@ def test_out_of_memory(folders, monkeypatch, capsys):
     """One line; at the first step nothing is left behind that would refuse another try."""
     given, shapes, panels = ["train", *options(folders, steps=2)], [], aggan.panels
     cannot = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    indices = RuntimeError("input tensor must fit into 32-bit index math")  # of an H200, batch 512
     illegal = RuntimeError("CUDA error: an illegal memory access")
-    for error in (NO_MEMORY, MemoryError(), cannot, illegal):
+    for error in (NO_MEMORY, MemoryError(), cannot, indices, illegal):
         with monkeypatch.context() as patch:
             patch.setattr(aggan.Trainer, "step", raising(error))
             if error is not illegal:
-                assert "out of memory: train needs less with" in refusal(given, capsys)
+                assert "out of memory, or of 32-bit indices: train needs less" in refusal(given, capsys)
             else:
                 with pytest.raises(RuntimeError, match="illegal"):
                     aggan.main(given)
