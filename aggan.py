@@ -906,9 +906,7 @@ class Trainer:
         torch.backends.cudnn.benchmark = True  # all batches have one shape
         self.recorded = []
         if device.type == "cuda" and config.graph:
-            buffers = list(self.nets.buffers())
-            g = Recorded(self.generator_gradients, self.g_parameters, buffers)
-            d = Recorded(self.discriminator_gradients, self.d_parameters, buffers)
+            g, d = Recorded(self.generator_gradients), Recorded(self.discriminator_gradients)
             self.generator_gradients, self.discriminator_gradients = self.recorded = [g, d]
 
         # for the log: figures since its last row, their names, lines not written yet, bytes written
@@ -1045,12 +1043,11 @@ class Recorded:
     """A function of CUDA tensors: the fourth call records it as a CUDA graph.
 
     From then on it is replayed, one launch in place of thousands; what a replay returns, the next
-    overwrites. Where recording fails, or a replay has other results or gradients (of `parameters`)
-    than the function, it goes on as it is. buffers: tensors that the function changes in place.
+    overwrites. Where recording fails, the function goes on as it is.
     """
 
-    def __init__(self, function, parameters, buffers):
-        self.function, self.parameters, self.buffers = function, parameters, buffers
+    def __init__(self, function):
+        self.function = function
         self.forget()
 
     def forget(self):
@@ -1067,30 +1064,18 @@ class Recorded:
         self.graph.replay()
         return self.outputs
 
-    def gradient(self) -> Tensor:
-        return torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
-
     def record(self, inputs):
         self.inputs = [x.clone() for x in inputs]
-        before = [x.clone() for x in self.buffers]
         gc.collect()  # memory that is freed in the middle would spoil it
         try:
-            expected, gradient = self.function(*inputs), self.gradient()
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             # thread_local: loaders pin memory meanwhile
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self.outputs = self.function(*self.inputs)
-            graph.replay()
-            close = dict(rtol=0.05, atol=0.05, equal_nan=True)  # far above what rounding does
-            torch.testing.assert_close(self.outputs, expected, **close)
-            if (self.gradient() - gradient).norm() > 0.05 * gradient.norm():
-                raise RuntimeError("a replay's gradients differ")
             self.graph = graph
         except Exception as error:  # CUDA's, the allocator's, a library's
             self.inputs, self.outputs = None, None
             warn(f"no CUDA graph, going on without: {brief(error)}")
-        for x, old in zip(self.buffers, before):
-            x.copy_(old)
 
 
 def average(x: Tensor) -> Tensor:
