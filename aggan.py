@@ -67,6 +67,7 @@ import zipfile
 import zlib
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -749,7 +750,7 @@ class Config:
     graph: bool = True         # on CUDA: record the step as a CUDA graph
     log_every: int = 100       # steps between progress lines, each a row of log.csv
     save_every: int = 1000     # steps between checkpoints, each with a sample grid
-    tensorboard: bool = False  # curves and grids for TensorBoard too, in the run folder
+    tensorboard: bool = False  # curves for TensorBoard too, in the run folder
 
 
 RELEASED = dict(l_gan=1.0, l_paired=0.0, l_identity=5.0, l_pixel=0.0, l_tv=0.0, lr=2e-4)
@@ -1315,7 +1316,7 @@ class Report:
         if stays or terminal and now - self.printed >= 1:
             pace = f"{seconds:.2g} s a step" if seconds >= 1 else f"{1 / seconds:.3g} steps/s"
             if cpu or steps > 10:  # a GPU's first steps choose kernels and record the graph
-                pace += f"  {duration((total - done) * seconds)} left"
+                pace += f"  {timedelta(seconds=round((total - done) * seconds))} left"
             line = f"step {done}/{total}  {pace}"
             line += f"  attention {figures['attention_ab']:.3f} {figures['attention_ba']:.3f}"
             if "r_ab" in figures:
@@ -1349,7 +1350,7 @@ class Report:
         for name, value in means.items() if self.board else ():
             group = dict(at="masks", r_="masks", d_="discriminators").get(name[:2], "generators")
             with contextlib.suppress(OSError):  # a full disk
-                self.board.add_scalar(f"{group}/{name}", value, trainer.done)
+                self.board.add_scalar(name, value, trainer.done)
         if trainer.config.model not in UNFUSED and trainer.done >= max(100, trainer.total / 10):
             for way, pool in (("ab", trainer.pool_b), ("ba", trainer.pool_a)):
                 self.warn_of_masks(way, pool, means)
@@ -1373,17 +1374,6 @@ class Report:
                 warn(f"g_{way}: its masks are much the same for all images; {see}")
 
 
-def duration(seconds: float) -> str:
-    """45 s, 12 min, 1 h 50 min, 2 d 3 h."""
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    if minutes < 100:
-        return f"{minutes} min"
-    hours = minutes // 60
-    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
 def panels(generator: nn.Module, x: Tensor) -> Tensor:
     """(3, H, W) -> (4, 3, H, W): input, attention, content (weighted mean), translation."""
     t = apply_any_size(generator, x)
@@ -1393,8 +1383,8 @@ def panels(generator: nn.Module, x: Tensor) -> Tensor:
     return torch.stack([x.cpu(), attention, content, t.image[0]])
 
 
-def save_samples(path: Path, nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor) -> Tensor:
-    """A PNG, a row for each pair: four panels of A -> B, four of B -> A. -> the grid in [0, 1]."""
+def save_samples(path: Path, nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor):
+    """A PNG, a row for each pair: four panels of A -> B, four of B -> A."""
     nets.eval()
     rows = []
     try:
@@ -1404,10 +1394,9 @@ def save_samples(path: Path, nets: nn.ModuleDict, real_a: Tensor, real_b: Tensor
         nets.train()
     grid = make_grid(torch.cat(rows) / 2 + 0.5, nrow=8, pad_value=1)
     write_whole(path, lambda file: to_image(grid).save(file, "PNG"))
-    return grid
 
 
-def save(trainer: Trainer, shown, board=None, last=True):
+def save(trainer: Trainer, shown, last=True):
     """Checkpoint, grid of `shown`; what cannot be written: BadInput if `last`, else a warning."""
     mean_figures(trainer)  # BadInput where one is not finite
     for buffer in trainer.nets.buffers():
@@ -1418,9 +1407,7 @@ def save(trainer: Trainer, shown, board=None, last=True):
     out, state = Path(trainer.config.out), trainer.state_dict()
     try:
         write_whole(out / "checkpoint.pt", functools.partial(torch.save, state))
-        grid = save_samples(out / "samples" / f"{trainer.done:07}.png", trainer.nets, *shown)
-        if board:
-            board.add_image("samples", grid, trainer.done)
+        save_samples(out / "samples" / f"{trainer.done:07}.png", trainer.nets, *shown)
     except (BadInput, OSError, ArithmeticError, torch.OutOfMemoryError) as error:
         if last:
             raise
@@ -1461,10 +1448,10 @@ def train(config: Config, resume: bool = False, typed: set | None = None) -> Pat
             report.after_step(trainer.step(*batch))
             last = trainer.done == trainer.total
             if last or trainer.done % config.save_every == 0:
-                save(trainer, shown, report.board, last)
+                save(trainer, shown, last)
                 report.since, report.clock = trainer.done, time.monotonic()  # that was no step
         if stop and trainer.done:
-            save(trainer, shown, report.board)
+            save(trainer, shown)
     if report.board:
         report.board.close()
 
