@@ -11,7 +11,8 @@ is `g_ba`; D judges images of B; the numbers are this file's own):
   (3) scheme II   a = softmax over n masks, C = tanh(.)
   (4) L_GAN       (D(y) - 1)^2 + D(G(x))^2, or, the papers', -log D(y) - log(1 - D(G(x))), D then
                   a sigmoid; D's is halved; G's is that of G(x) called real, (D(G(x)) - 1)^2
-                  D's alone, not in the papers: + l_copy D(x)^2 / 2: an untouched x is a fake too
+                  D's alone, not in the papers: + l_copy D(x)^2 / 2: an untouched x is a fake too;
+                  and D sees everything moved by some pixels, other ones each step (`moved`)
   (5) L_AGAN      the same of D([m, y]) and D([m, G(x)]); m = 1 - a_n, the foreground, of x
   (6) L_cycle     |G'(G(x)) - x|, a mean, as (7) and (8)
   (7) L_pixel     |G(x) - x|
@@ -368,6 +369,18 @@ class AttentionGuidedDiscriminator(nn.Module):
         return self.judge(torch.cat([mask, image], dim=1))  # of (B, 1 + 3, H, W)
 
 
+def moved(x: Tensor, shift=()) -> Tensor:
+    """x (B, C, H, W), moved by shift (2,), pixels down and right; what is missing is mirrored.
+
+    Discriminators see all so, in another way each step (Zhao et al. 2020), or masks seek the edges.
+    """
+    for dim, by in zip((2, 3), shift):
+        last = x.shape[dim] - 1
+        source = (torch.arange(last + 1, device=x.device) - by).abs()
+        x = x.index_select(dim, last - (last - source).abs())
+    return x
+
+
 # ---------- 5. Losses ----------
 
 
@@ -413,12 +426,12 @@ def total_variation_loss(mask: Tensor) -> Tensor:
 # ---------- 6. The objective ----------
 
 
-def generator_objective(g, g_back, discriminators, x: Tensor, y: Tensor, r, config: "Config"):
+def generator_objective(g, g_back, discriminators, x, y, r, config: "Config", shift=()):
     """Eq. (10) of one direction: g translates x, g_back translates that back, y is of the target.
 
     x, y (B, 3, H, W), r a scalar -> the total, its terms (detached), the `Translation` of x.
     discriminators: the target's, "gan" of Eq. (4), "paired" of Eq. (5); one whose weight is 0 is
-    not there. Other terms of weight 0 are not computed.
+    not there. Other terms of weight 0 are not computed. shift: of what discriminators see.
     """
     fake = g(x)
     mask = fake.foreground  # (B, 1, H, W), not detached: it learns from every term
@@ -426,8 +439,9 @@ def generator_objective(g, g_back, discriminators, x: Tensor, y: Tensor, r, conf
 
     # change: what asks for x to become a y, and, as in the papers, L_tv
     change = {"gan": config.l_gan, "paired": config.l_paired, "tv": config.l_tv}
+    seen = moved(fake.image, shift), moved(mask, shift)
     for name, discriminator in discriminators.items():
-        terms[name] = adversarial_loss(discriminator(fake.image, mask), True, config.gan)
+        terms[name] = adversarial_loss(discriminator(*seen), True, config.gan)
     if config.l_tv:
         terms["tv"] = total_variation_loss(mask)
 
@@ -731,6 +745,7 @@ class Config:
     l_identity: float = 0.0       # weight of L_identity, Eq. 8
     l_tv: float = 1e-6            # weight of L_tv, Eq. 9
     l_copy: float = 1.0           # weight of the untouched input among D's fakes, Eq. 4
+    shift: float = 0.0625         # D sees all moved by up to this fraction of the side; drawings: 0
     curriculum: str = "adaptive"  # of r: adaptive (Eq. 11), papers (a step), ramp or none
     r: float = 0.5                # its highest value: papers and ramp end there, adaptive may
 
@@ -759,13 +774,13 @@ OBJECTIVES = {"final": {}, "released": RELEASED}
 # in PRESETS, what it must have whatever the objective (SMALL still wins); in build_generator,
 # Config.model and the table on top a line; where it has no mask, UNFUSED and check. A new loss: a
 # function in section 5, a term in generator_objective, its weight in Config, by default 0.
-NO_CURRICULUM = dict(objective="released", curriculum="none", l_copy=0.0)
+NO_CURRICULUM = dict(objective="released", curriculum="none", l_copy=0.0, shift=0.0)
 PRESETS = {
     "scheme1": {},
     "scheme2": {},
     "cyclegan": NO_CURRICULUM,
     # r and (a default) l_copy are not of its paper: without them its masks fall to 0 here
-    "mejjati": dict(objective="released", l_identity=0.0, lr=1e-4, tau=0.1, r=0.8),
+    "mejjati": dict(objective="released", l_identity=0.0, lr=1e-4, tau=0.1, r=0.8, shift=0.0),
     "guided": dict(NO_CURRICULUM, l_identity=0.0),
 }
 SMALL = dict(size=64, resize=72, width=16, blocks=3, steps=2000, lr=4e-4)
@@ -801,6 +816,7 @@ def configure(given: dict, small=None) -> Config:
     small = bundled if small is None else small
     if small:
         settings = dict(l_tv=SMALL_TV) | settings | SMALL
+    settings |= dict(shift=0.0) if bundled else {}  # with it, D of flat drawings wins
     settings["out"] = f"runs/mini-{model}" if small and bundled else f"runs/{model}"
     if "epochs" in given:
         settings["steps"] = 0
@@ -823,6 +839,8 @@ def check(c: Config) -> Config:
         raise BadInput(f"--a {a} --b {b}: one folder for each domain, neither in the other")
     if c.size % 4 or not c.size <= c.resize <= 2**15:
         raise BadInput(f"--size {c.size}: must be a multiple of 4, and at most --resize {c.resize}")
+    if c.shift >= 1:
+        raise BadInput(f"--shift {c.shift}: must be less than 1, the whole side")
     if not c.l_gan and not c.l_paired:
         raise BadInput("--l-gan 0 --l-paired 0: leaves no discriminator")
     if c.model == "cyclegan" and (c.l_paired or c.l_tv or c.tau):
@@ -924,15 +942,18 @@ class Trainer:
         pinned = self.device.type == "cuda"  # elsewhere it would not be safe
         real_a, real_b = (x.to(self.device, non_blocking=pinned) for x in (real_a, real_b))
         r = self.begin()  # (2,): of A -> B, of B -> A
+        far = int(self.config.shift * self.config.size)
+        shift = [torch.randint(-far, far + 1, (2,), device=self.device)] if far else []
 
         # generators: gradients of both directions, one update
-        fake_a, fake_b, mask_a, mask_b, ab, ba = self.generator_gradients(real_a, real_b, r)
+        fake_a, fake_b, mask_a, mask_b, ab, ba = self.generator_gradients(real_a, real_b, r, *shift)
         self.update(self.opt_g, self.g_parameters)
 
         # discriminators: fakes of this step and of earlier ones, each with the mask that made it
         old_a = self.pool_a.query(fake_a, mask_b)  # a fake of A was made of a B
         old_b = self.pool_b.query(fake_b, mask_a)
-        a, b = self.discriminator_gradients(real_a, mask_a, real_b, mask_b, *old_a, *old_b)
+        seen = [moved(x, *shift) for x in (real_a, mask_a, real_b, mask_b, *old_a, *old_b)]
+        a, b = self.discriminator_gradients(*seen)
         self.update(self.opt_d, self.d_parameters)
         self.scaler.update()
 
@@ -951,21 +972,22 @@ class Trainer:
         copies = torch.stack(list(figures.values()))  # replays overwrite the figures
         return dict(zip(figures, copies))
 
-    def generator_gradients(self, real_a: Tensor, real_b: Tensor, r: Tensor):
+    def generator_gradients(self, real_a: Tensor, real_b: Tensor, r: Tensor, shift=()):
         """Gradients of Eq. (10) -> fakes of A and B, masks of real_a, real_b, terms of both ways.
 
         One direction at a time: one autograd graph. inputs: discriminators get no gradients here.
         """
         g_ab, g_ba, d_a, d_b = self.nets.values()
+        objective = functools.partial(generator_objective, config=self.config, shift=shift)
         self.opt_g.zero_grad()
         with self.autocast():
-            loss, ab, to_b = generator_objective(g_ab, g_ba, d_b, real_a, real_b, r[0], self.config)
+            loss, ab, to_b = objective(g_ab, g_ba, d_b, real_a, real_b, r[0])
         self.scaler.scale(loss).backward(inputs=self.g_parameters)
         fake_b, mask_a = to_b.image.detach(), to_b.foreground.detach()
         del loss, to_b  # their memory, before the other direction needs as much
 
         with self.autocast():
-            loss, ba, to_a = generator_objective(g_ba, g_ab, d_a, real_b, real_a, r[1], self.config)
+            loss, ba, to_a = objective(g_ba, g_ab, d_a, real_b, real_a, r[1])
         self.scaler.scale(loss).backward(inputs=self.g_parameters)
         fake_a, mask_b = to_a.image.detach(), to_a.foreground.detach()
         return fake_a, fake_b, mask_a, mask_b, ab, ba
@@ -1348,7 +1370,6 @@ class Report:
             warn(f"{path}: cannot be written, kept for the next row ({brief(error)})")
 
         for name, value in means.items() if self.board else ():
-            group = dict(at="masks", r_="masks", d_="discriminators").get(name[:2], "generators")
             with contextlib.suppress(OSError):  # a full disk
                 self.board.add_scalar(name, value, trainer.done)
         if trainer.config.model not in UNFUSED and trainer.done >= max(100, trainer.total / 10):
@@ -1982,7 +2003,7 @@ def make_parser() -> Parser:
     sets = SMALL | {"l_tv": SMALL_TV}, OBJECTIVES["released"]
     small, released = (" ".join(f"{flag(k)} {v}" for k, v in brought.items()) for brought in sets)
     sub.epilog = f"[defaults]: scheme2's; on the drawings, and with --small: {small}; "
-    sub.epilog += f"with --objective released: {released}"
+    sub.epilog += f"with --objective released: {released}; on the drawings --shift 0"
     add_config_options(sub)
     sub.add_argument("--resume", action="store_true", help="go on from the checkpoint, if any")
     sub.add_argument("--small", action="store_true", default=None, help="the drawings' settings")

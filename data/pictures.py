@@ -142,7 +142,8 @@ def main(argv=None):
         if not scenes.exists():
             drawings.draw_set(scenes, textured=True)
         a, b = scenes / "trainA", scenes / "trainB"
-        aggan.run_train(resume=True, small=True, a=str(a), b=str(b), out=run, save_every=100)
+        given = dict(a=str(a), b=str(b), shift=0.0, out=run, save_every=100)
+        aggan.run_train(resume=True, small=True, **given)
         strip(grid(run, STEPS[-1])).save(Path(folder, "textured.png"))
     except (aggan.BadInput, OSError) as error:
         parser.exit(getattr(error, "status", 2), f"{parser.prog}: {error}\n")
