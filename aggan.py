@@ -745,7 +745,7 @@ class Config:
     l_identity: float = 0.0       # weight of L_identity, Eq. 8
     l_tv: float = 1e-6            # weight of L_tv, Eq. 9
     l_copy: float = 1.0           # weight of the untouched input among D's fakes, Eq. 4
-    shift: float = 0.0625         # D sees all moved by up to this fraction of the side; drawings: 0
+    shift: float = 0.125          # D sees all moved by up to this fraction of the side; drawings: 0
     curriculum: str = "adaptive"  # of r: adaptive (Eq. 11), papers (a step), ramp or none
     r: float = 0.5                # its highest value: papers and ramp end there, adaptive may
 

@@ -874,7 +874,7 @@ def test_discriminators_see_everything_moved_alike():
         fake_b, mask = trainer.nets["g_ab"](BATCH[0])[0], trainer.nets["g_ab"](BATCH[0]).foreground
         trainer.step(*BATCH)
         asked, real, fake = seen[-3:]  # by G, then by D
-        far = range(-2, 3)  # a sixteenth of 32
+        far = range(-4, 5)  # an eighth of 32
         shift = [s for s in itertools.product(far, far) if aggan.moved(mask, s).equal(asked[1])]
         shifts += shift
         assert len(shift) == 1 and asked[0].equal(aggan.moved(fake_b, shift[0]))
