@@ -47,7 +47,9 @@ def grid(run, step):
     shown = aggan.sample_images(config)
     nets = aggan.Trainer(config, 1, aggan.pick_device("cpu")).nets
     with tempfile.TemporaryDirectory() as folder:
-        return aggan.to_image(aggan.save_samples(Path(folder, "0.png"), nets, *shown))
+        path = Path(folder, "0.png")
+        aggan.save_samples(path, nets, *shown)
+        return Image.open(path).convert("RGB")
 
 
 def table(rows, above=(), left=()):
