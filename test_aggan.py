@@ -1207,6 +1207,15 @@ def test_progress_is_shown(report, folders, monkeypatch, capsys):
     row = (folders / "run" / "log.csv").read_text().splitlines()[-1].split(",")
     assert row[:2] == ["1234567", "246914"]  # integers are integers
 
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    step = report(40, log_every=20)
+    for _ in range(20):
+        step(0.5)
+    lines = [line.split("\r") for line in capsys.readouterr().out.split("\n")]
+    shown = [[part.split()[1][:-3] for part in line if part] for line in lines]
+    assert shown == [["1"], ["3", "5", "7", "9", "10"], ["12", "14", "16", "18", "20"], []]
+    assert {len(part) for line in lines for part in line} == {0, 100}  # over the one before
+
 
 def test_what_masks_do_wrong_is_said_once(folders, capsys):
     """From e and c of Eq. (11) and the pool's masks; a small object, here 2 %, is nothing wrong."""
@@ -1490,7 +1499,8 @@ def test_out_of_memory(folders, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             patch.setattr(aggan.Trainer, "step", raising(error))
             if error is not illegal:
-                assert "memory, or of 32-bit indices: train needs less" in refusal(given, capsys)
+                line = "out of memory, or of 32-bit indices: train needs less with"
+                assert line in refusal(given, capsys)
             else:
                 with pytest.raises(RuntimeError, match="illegal"):
                     aggan.main(given)
