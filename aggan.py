@@ -743,7 +743,7 @@ class Config:
     l_cycle: float = 10.0         # weight of L_cycle, Eq. 6
     l_pixel: float = 1.0          # weight of L_pixel, Eq. 7
     l_identity: float = 0.0       # weight of L_identity, Eq. 8
-    l_tv: float = 1e-6            # weight of L_tv, Eq. 9
+    l_tv: float = 1e-6            # weight of L_tv, Eq. 9; small settings: 1e-4 (64 / size)^3
     l_copy: float = 1.0           # weight of the untouched input among D's fakes, Eq. 4
     shift: float = 0.125          # D sees all moved by up to this fraction of the side; drawings: 0
     curriculum: str = "adaptive"  # of r: adaptive (Eq. 11), papers (a step), ramp or none
@@ -785,7 +785,7 @@ PRESETS = {
 }
 SMALL = dict(size=64, resize=72, width=16, blocks=3, steps=2000, lr=4e-4)
 SMALL |= dict(log_every=50, save_every=400)
-SMALL_TV = 1e-4                   # for masks this small, unless the objective says 0; by trial
+SMALL_TV = 1e-4                   # at 64 px; with as much at 128 masks go to 1, and stay; by trial
 UNFUSED = ("cyclegan", "guided")  # models without a mask of their own that could collapse
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHOICES = dict(model=PRESETS, objective=OBJECTIVES, norm=NORMS, head=HEADS, attention_map=GUIDES)
@@ -815,7 +815,8 @@ def configure(given: dict, small=None) -> Config:
     settings = OBJECTIVES[(PRESETS[model] | given).get("objective", "final")] | PRESETS[model]
     small = bundled if small is None else small
     if small:
-        settings = dict(l_tv=SMALL_TV) | settings | SMALL
+        tv = SMALL_TV * (SMALL["size"] / max(1, given.get("size", SMALL["size"]))) ** 3
+        settings = dict(l_tv=tv) | settings | SMALL
     settings |= dict(shift=0.0) if bundled else {}  # with it, D of flat drawings wins
     settings["out"] = f"runs/mini-{model}" if small and bundled else f"runs/{model}"
     if "epochs" in given:
@@ -2000,10 +2001,8 @@ def make_parser() -> Parser:
     commands, home = parser.add_subparsers(dest="command", required=True), os.path.expanduser
 
     sub = commands.add_parser("train", help="train on two folders, or on the bundled drawings")
-    sets = SMALL | {"l_tv": SMALL_TV}, OBJECTIVES["released"]
-    small, released = (" ".join(f"{flag(k)} {v}" for k, v in brought.items()) for brought in sets)
-    sub.epilog = f"[defaults]: scheme2's; on the drawings, and with --small: {small}; "
-    sub.epilog += f"with --objective released: {released}; on the drawings --shift 0"
+    small = " ".join(f"{flag(name)} {value}" for name, value in SMALL.items())
+    sub.epilog = f"[defaults]: scheme2's; on the drawings, and with --small: {small}"
     add_config_options(sub)
     sub.add_argument("--resume", action="store_true", help="go on from the checkpoint, if any")
     sub.add_argument("--small", action="store_true", default=None, help="the drawings' settings")

@@ -807,6 +807,8 @@ def test_presets_are_the_papers():
     small = aggan.configure(dict(own, objective="released", width=4), small=True)
     assert (small.size, small.width, small.out) == (64, 4, "runs/scheme2")
     assert small.l_tv == 0  # an objective without it
+    twice = aggan.configure(dict(own, size=128, resize=144), small=True)
+    assert twice.l_tv == 1e-4 / 8  # a sum over pixels: with 1e-4 masks go to 1
 
 
 # ---------- 9. The training step ----------
