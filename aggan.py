@@ -1566,7 +1566,7 @@ def list_images(folder, left_out: list | None = None) -> list[Path]:
         seen.add(os.path.realpath(here))
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for path in (Path(here, name) for name in names if not name.startswith(".")):
-            kind, dead = path.suffix.lower(), not path.exists()
+            kind, dead = path.suffix.lower(), not os.path.exists(path)
             why = "a dead link" if dead else f"{kind or 'no suffix'}: not read, convert it"
             if kind in kinds and not dead:
                 images.append(path)
@@ -1733,7 +1733,7 @@ def sample_images(config: Config) -> list[Tensor]:
 
 # ---------- 12. Translate and evaluate ----------
 
-WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # others are written as PNG
+WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff"}  # others are written as PNG
 
 
 def pick_device(name: str) -> torch.device:
@@ -1833,7 +1833,7 @@ def translate(run, inputs, to, out, attention=False, resize=None, device="auto")
 
     # one after the other, each as far as it goes
     nets, config = load_generators(run, device)
-    generator, done = nets["g_ab" if to == "b" else "g_ba"], []
+    generator, done = nets[{"a": "g_ba", "b": "g_ab"}[to]], []
     side = config.resize if resize is None else resize
     for number, (path, outputs) in enumerate(plan.items(), 1):
         try:
@@ -2028,7 +2028,7 @@ def make_parser() -> Parser:
 
 
 def run_train(resume=False, small=None, **given):
-    out = train(check(configure(given, small)), resume, typed=set(given))
+    out = train(configure(given, small), resume, typed=set(given))
     say(f"finished: grids in {out}/samples; translate and evaluate take {out}")
     if WORLD > 1:
         dist.destroy_process_group()
