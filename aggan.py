@@ -496,8 +496,7 @@ class AdaptiveCurriculum(nn.Module):
 
     Where G copies, e / c is 1; the better G(x) fools D, the smaller it is. Up to e / c = trust, r
     is the ramp's, and masks shrink to what has to change. Where they shrink too far, D sees
-    through G(x), and r falls. All of it stays on the device: no step waits for it. A step calls it
-    for r, then `update` with what the target's D, of images alone, says of G(x) and of x itself.
+    through G(x), and r falls. All of it stays on the device: no step waits for it.
     """
 
     def __init__(self, steps, highest=0.5, trust=0.35):
@@ -863,18 +862,17 @@ def build_generator(c: Config, guide) -> nn.Module:
     return generator(width=c.width, blocks=c.blocks, norm=c.norm, upsample=c.upsample, **more)
 
 
-def build_discriminators(config: Config) -> nn.ModuleDict:
+def build_discriminators(c: Config) -> nn.ModuleDict:
     """Those of one domain: "gan" judges images, Eq. (4), "paired" masks and images, Eq. (5)."""
-    width, norm, head = config.width, config.norm, config.head
     discriminators = nn.ModuleDict()
-    if config.l_gan and config.model == "guided":
-        discriminators["gan"] = GUIDES[config.attention_map](3, width, norm)
-    elif config.l_gan and config.tau:
-        discriminators["gan"] = MaskedDiscriminator(width, norm, head, config.tau, config.switch)
-    elif config.l_gan:
-        discriminators["gan"] = HEADS[head](3, width, norm)
-    if config.l_paired:
-        discriminators["paired"] = AttentionGuidedDiscriminator(width, norm, head)
+    if c.l_gan and c.model == "guided":
+        discriminators["gan"] = GUIDES[c.attention_map](3, c.width, c.norm)
+    elif c.l_gan and c.tau:
+        discriminators["gan"] = MaskedDiscriminator(c.width, c.norm, c.head, c.tau, c.switch)
+    elif c.l_gan:
+        discriminators["gan"] = HEADS[c.head](3, c.width, c.norm)
+    if c.l_paired:
+        discriminators["paired"] = AttentionGuidedDiscriminator(c.width, c.norm, c.head)
     return discriminators
 
 
@@ -1051,13 +1049,7 @@ class Trainer:
         for name, part in self.parts.items():
             if name != "scaler" or state["parts"][name]:  # one that was not needed is empty
                 part.load_state_dict(state["parts"][name])
-        for p, moments in [*self.opt_g.state.items(), *self.opt_d.state.items()]:
-            if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
-                raise ValueError("Adam's means of another shape")  # Adam does not look
-
-        shapes = [(channels, self.config.size, self.config.size) for channels in (3, 1)]
         for pool, items in zip((self.pool_a, self.pool_b), state["pools"], strict=True):
-            items = [(image.reshape(shapes[0]), mask.reshape(shapes[1])) for image, mask in items]
             pool.items = [(image.to(self.device), mask.to(self.device)) for image, mask in items]
         if RANK == 0:
             torch.set_rng_state(state["random"])
@@ -1530,10 +1522,6 @@ def write_whole(path: Path, save):
             save(file)
             file.flush()
             os.fsync(file.fileno())
-        for pause in (0.5, 1, 2, 4):  # Windows, while another program reads what was there
-            with contextlib.suppress(PermissionError):
-                return os.replace(temporary, path)
-            time.sleep(pause)
         os.replace(temporary, path)
     except Exception as error:  # PyTorch and PIL have their own
         raise BadInput(f"{path}: cannot be written ({brief(error)})") from None
@@ -1553,10 +1541,9 @@ def list_images(folder, left_out: list | None = None) -> list[Path]:
 
     A warning of what is left out, one of a kind, which goes into the list `left_out`, too.
     """
-    if Path(folder).is_file():
-        raise BadInput(f"{folder}: is a file; name its folder")
     if not Path(folder).is_dir():
-        raise BadInput(f"{folder}: no such file or folder")
+        why = "is a file; name its folder" if Path(folder).is_file() else "no such file or folder"
+        raise BadInput(f"{folder}: {why}")
     images, others, seen, errors, kinds = [], defaultdict(list), set(), [], read_formats()
     for here, subfolders, names in os.walk(folder, onerror=errors.append, followlinks=True):
         if os.path.realpath(here) in seen:  # links may go round in circles
@@ -1780,9 +1767,8 @@ def translate_image(generator: nn.Module, image: Image.Image, side: int, device)
 
     side: of the image as the generator sees it, the shorter one; 0: as it is.
     """
-    transparent = image.mode == "RGBA"
-    colours = image.convert("RGB") if transparent else image
-    seen = on_white(image) if transparent else colours
+    colours = image.convert("RGB")
+    seen = on_white(image) if image.mode == "RGBA" else colours
     if side:  # at most 16 times as long, but no thinner than a pixel
         longest = max(16 * side, math.ceil(max(image.size) / min(image.size)))
         seen = TF.resize(seen, side, TF.InterpolationMode.BICUBIC, max_size=longest)
@@ -1797,7 +1783,7 @@ def translate_image(generator: nn.Module, image: Image.Image, side: int, device)
             bands.append(to_image(new[0].add_(1).div_(2)))
         new = Image.merge("RGB", bands)
         mask = mask.resize(image.size, Image.Resampling.BICUBIC)
-    if transparent:
+    if image.mode == "RGBA":
         new.putalpha(image.getchannel("A"))
     return new, mask
 
@@ -1980,13 +1966,12 @@ class Parser(argparse.ArgumentParser):
 
 def add_config_options(parser):
     """An option for each field of `Config`, in its groups, with its comment as the help."""
-    types = {field.name: field.type for field in dataclasses.fields(Config)}
     for line in inspect.getsource(Config).splitlines():
         if heading := re.fullmatch(r"    # (\w+)", line):
             group = parser.add_argument_group(heading[1])
         elif option := re.fullmatch(r"    (\w+): \w+ = (\S+) +# (.*)", line):
             name, default, text = option.groups()
-            kind = types[name]
+            kind = Config.__annotations__[name]
             settings = dict(type=kind, choices=CHOICES.get(name), metavar=kind.__name__.upper())
             if kind is str:  # a shell leaves --out=~/x as it is
                 settings["type"] = os.path.expanduser
