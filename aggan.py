@@ -12,7 +12,7 @@ is `g_ba`; D judges images of B; the numbers are this file's own):
   (4) L_GAN       (D(y) - 1)^2 + D(G(x))^2, or, the papers', -log D(y) - log(1 - D(G(x))), D then
                   a sigmoid; D's is halved; G's is that of G(x) called real, (D(G(x)) - 1)^2
                   D's alone, not in the papers: + l_copy D(x)^2 / 2: an untouched x is a fake too;
-                  and D sees everything moved by some pixels, other ones each step (`moved`)
+                  D sees all moved by some pixels, others each step, and begins anew at times
   (5) L_AGAN      the same of D([m, y]) and D([m, G(x)]); m = 1 - a_n, the foreground, of x
   (6) L_cycle     |G'(G(x)) - x|, a mean, as (7) and (8)
   (7) L_pixel     |G(x) - x|
@@ -512,9 +512,9 @@ class AdaptiveCurriculum(nn.Module):
         return (ramp * fooled / (1 - self.trust)).clamp(0.01, ramp)
 
     @torch.no_grad()
-    def update(self, step: int, e: Tensor, c: Tensor):
-        """Takes in L_GAN for G(x) and for x of the step, (2,) each."""
-        share = 1 / min(step + 1, max(1, 0.02 * self.steps))  # at first the mean of all steps
+    def update(self, age: int, e: Tensor, c: Tensor):
+        """Takes in L_GAN for G(x) and for x, (2,) each; age: steps since D was new."""
+        share = 1 / min(age + 1, max(1, 0.02 * self.steps))  # at first the mean of all steps
         self.e.lerp_(e, share)
         self.c.lerp_(c, share)
 
@@ -747,6 +747,7 @@ class Config:
     shift: float = 0.125          # D sees all moved by up to this fraction of the side; drawings: 0
     curriculum: str = "adaptive"  # of r: adaptive (Eq. 11), papers (a step), ramp or none
     r: float = 0.5                # its highest value: papers and ramp end there, adaptive may
+    renew: int = 30               # with adaptive: epochs after which D starts anew; 0: never
 
     # optimisation
     batch_size: int = 1  # pairs a step, of each process
@@ -769,17 +770,17 @@ class Config:
 
 RELEASED = dict(l_gan=1.0, l_paired=0.0, l_identity=5.0, l_pixel=0.0, l_tv=0.0, lr=2e-4)
 OBJECTIVES = {"final": {}, "released": RELEASED}
-# A further method: a class in section 3 or 7, with all networks of its own (no others are trained);
-# in PRESETS, what it must have whatever the objective (SMALL still wins); in build_generator,
-# Config.model and the table on top a line; where it has no mask, UNFUSED and check. A new loss: a
-# function in section 5, a term in generator_objective, its weight in Config, by default 0.
-NO_CURRICULUM = dict(objective="released", curriculum="none", l_copy=0.0, shift=0.0)
+# A further method: a class in section 3 or 7 that holds all its networks; in PRESETS, what it must
+# have whatever the objective (SMALL still wins); build_generator, Config.model, the table on top;
+# without a mask UNFUSED, check. A new loss: section 5, generator_objective, in Config a weight, 0.
+BASELINE = dict(objective="released", shift=0.0, renew=0)
+NO_CURRICULUM = dict(BASELINE, curriculum="none", l_copy=0.0)
 PRESETS = {
     "scheme1": {},
     "scheme2": {},
     "cyclegan": NO_CURRICULUM,
     # r and (a default) l_copy are not of its paper: without them its masks fall to 0 here
-    "mejjati": dict(objective="released", l_identity=0.0, lr=1e-4, tau=0.1, r=0.8, shift=0.0),
+    "mejjati": dict(BASELINE, l_identity=0.0, lr=1e-4, tau=0.1, r=0.8),
     "guided": dict(NO_CURRICULUM, l_identity=0.0),
 }
 SMALL = dict(size=64, resize=72, width=16, blocks=3, steps=2000, lr=4e-4)
@@ -929,7 +930,7 @@ class Trainer:
 
         # for the log: figures since its last row, their names, lines not written yet, bytes written
         self.rows, self.names, self.log, self.logged = [], [], [], 0
-        self.counts, self.per_epoch = {}, 1  # images of each domain; steps
+        self.counts, self.per_epoch = {}, total  # images of each domain; steps
         self.parts = {"nets": self.nets, "opt_g": self.opt_g, "opt_d": self.opt_d}
         self.parts |= {"curriculum": self.curriculum, "scaler": self.scaler}
 
@@ -960,7 +961,7 @@ class Trainer:
         if "copy" in a:
             judge = "gan" if self.config.l_gan else "paired"
             e, c = torch.stack([ab[judge], ba[judge]]), torch.stack([b["copy"], a["copy"]])
-            self.curriculum.update(self.done, *average(torch.stack([e, c])))
+            self.curriculum.update(self.age(), *average(torch.stack([e, c])))
         self.done += 1
 
         figures = {name: ab[name] + ba[name] for name in ab}
@@ -1022,9 +1023,23 @@ class Trainer:
             for function in self.recorded:
                 function.forget()
         self.phase = phase
-        if self.config.curriculum == "adaptive":
-            return self.curriculum(self.done)
-        return torch.full((2,), scheduled_r(self.config, progress), device=self.device)
+        if self.config.curriculum != "adaptive":
+            return torch.full((2,), scheduled_r(self.config, progress), device=self.device)
+        # old discriminators know each photograph, and a fake by the background that it has
+        if self.done and not self.age():
+            init_weights(self.nets["d_a"])
+            init_weights(self.nets["d_b"])
+            self.opt_d.state.clear()
+            for p in self.d_parameters if WORLD > 1 else ():  # each process has drawn its own
+                dist.broadcast(p.detach(), 0)
+        return self.curriculum(self.done)
+
+    def age(self) -> int:
+        """Steps since D last began: at a multiple of --renew epochs, with as many still to come."""
+        every = self.config.renew * self.per_epoch
+        if not every or self.config.curriculum != "adaptive":
+            return self.done
+        return self.done - every * max(0, min(self.done // every, self.total // every - 1))
 
     def state_dict(self) -> dict:
         """All that the run needs to go on; of CUDA no random numbers, the first process's pools."""
@@ -1153,7 +1168,8 @@ def load_checkpoint(run) -> dict:
             raise ValueError(f"of format {state['format']}, this program's is {FORMAT}")
         if not 0 <= int(state["step"]) <= int(state["total"]):
             raise ValueError(f"step {state['step']} of {state['total']}")
-        saved, fields = state["config"], dataclasses.fields(Config)
+        saved = dict(shift=0.0, renew=0) | state["config"]  # what runs without these options did
+        fields = dataclasses.fields(Config)
         values = (field.type(saved.get(field.name, field.default)) for field in fields)
         state["config"] = check(Config(*values))
     except Exception as error:
@@ -1365,7 +1381,8 @@ class Report:
         for name, value in means.items() if self.board else ():
             with contextlib.suppress(OSError):  # a full disk
                 self.board.add_scalar(name, value, trainer.done)
-        if trainer.config.model not in UNFUSED and trainer.done >= max(100, trainer.total / 10):
+        settled = trainer.age() >= max(100, min(1000, trainer.total / 10))
+        if settled and trainer.config.model not in UNFUSED:
             for way, pool in (("ab", trainer.pool_b), ("ba", trainer.pool_a)):
                 self.warn_of_masks(way, pool, means)
 
@@ -1939,7 +1956,7 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", resize=None, devi
                     raise BadInput(f"--save: two images of {folder} would both be {new}")
                 saved |= {new: to_image(t.image[0] / 2 + 0.5), seen: image}
             if sys.stdout.isatty():
-                say(f"\r{way} {number}/{len(paths)} ", end="")
+                say(f"{way} {number}/{len(paths)}", end="\r")
 
         # means over the images that have a figure
         say(f"{way}: {len(paths)} images of {folder}" + ("" if masks else ", without masks"))
