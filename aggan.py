@@ -21,9 +21,9 @@ is `g_ba`; D judges images of B; the numbers are this file's own):
  (10) objective   r (l_cycle L_cycle + l_pixel L_pixel + l_identity L_identity)
                   + (1 - r) (l_gan L_GAN + l_paired L_AGAN + l_tv L_tv)
                   G's; D's terms are unweighted; without a curriculum both factors are 1
- (11) r           0.5 t min(1, (1 - e / c) / 0.65), at least 0.01; t in [0, 1]: the run's progress;
-                  e and c are running means of (D(G(x)) - 1)^2 and (D(x) - 1)^2, so that e / c = 1
-                  where G copies its input; not in the papers, whose r is a step, 0.01 to 0.5
+ (11) r           0.5 t min(1, (1 - e / c) / 0.65), at least 0.01; t in [0, 1]: D's age, 1 at its
+                  end; e and c are running means of (D(G(x)) - 1)^2 and (D(x) - 1)^2, so that
+                  e / c = 1 where G copies its input; not in the papers: a step, 0.01 to 0.5
  (12) any size    y = x + up(G(s) - s), s: x at the scale of the training; not in the papers
 
   --model   paper                                             generator           attention
@@ -489,14 +489,13 @@ def discriminator_objective(discriminators, real, fake, untouched, config: "Conf
 
 
 class AdaptiveCurriculum(nn.Module):
-    """Eq. (11): r of both directions, a ramp over the run, held back as far as a direction copies.
+    """Eq. (11): r of both directions, a ramp over D's life, held back as far as a direction copies.
 
-        e, c  <-  running means of L_GAN for G(x) and for x, over about 2 % of the run
+        e, c  <-  running means of L_GAN for G(x) and for x, over about 2 % of it
         r      =  ramp * (1 - e / c) / (1 - trust), between 0.01 and the ramp
 
     Where G copies, e / c is 1; the better G(x) fools D, the smaller it is. Up to e / c = trust, r
-    is the ramp's, and masks shrink to what has to change. Where they shrink too far, D sees
-    through G(x), and r falls. All of it stays on the device: no step waits for it.
+    is the ramp's, and masks shrink; where they shrink too far, D sees through G(x), and r falls.
     """
 
     def __init__(self, steps, highest=0.5, trust=0.35):
@@ -506,7 +505,7 @@ class AdaptiveCurriculum(nn.Module):
         self.register_buffer("c", torch.ones(2))
 
     def forward(self, step: int) -> Tensor:
-        """r of the step, the first of which is 0: (2,)."""
+        """r of the step, D's first being 0: (2,)."""
         ramp = max(0.01, self.highest * step / self.steps)
         fooled = 1 - self.e / self.c.clamp(min=1e-6)
         return (ramp * fooled / (1 - self.trust)).clamp(0.01, ramp)
@@ -961,7 +960,7 @@ class Trainer:
         if "copy" in a:
             judge = "gan" if self.config.l_gan else "paired"
             e, c = torch.stack([ab[judge], ba[judge]]), torch.stack([b["copy"], a["copy"]])
-            self.curriculum.update(self.age(), *average(torch.stack([e, c])))
+            self.curriculum.update(self.age()[0], *average(torch.stack([e, c])))
         self.done += 1
 
         figures = {name: ab[name] + ba[name] for name in ab}
@@ -1026,20 +1025,23 @@ class Trainer:
         if self.config.curriculum != "adaptive":
             return torch.full((2,), scheduled_r(self.config, progress), device=self.device)
         # old discriminators know each photograph, and a fake by the background that it has
-        if self.done and not self.age():
+        age, self.curriculum.steps = self.age()
+        if self.done and not age:
             init_weights(self.nets["d_a"])
             init_weights(self.nets["d_b"])
             self.opt_d.state.clear()
             for p in self.d_parameters if WORLD > 1 else ():  # each process has drawn its own
                 dist.broadcast(p.detach(), 0)
-        return self.curriculum(self.done)
+        return self.curriculum(age)
 
-    def age(self) -> int:
-        """Steps since D last began: at a multiple of --renew epochs, with as many still to come."""
+    def age(self) -> tuple[int, int]:
+        """Steps since D began, and its life's: --renew epochs, of the last one up to twice that."""
         every = self.config.renew * self.per_epoch
         if not every or self.config.curriculum != "adaptive":
-            return self.done
-        return self.done - every * max(0, min(self.done // every, self.total // every - 1))
+            return self.done, self.total
+        last = every * max(0, self.total // every - 1)
+        born = min(self.done // every * every, last)
+        return self.done - born, self.total - last if born == last else every
 
     def state_dict(self) -> dict:
         """All that the run needs to go on; of CUDA no random numbers, the first process's pools."""
@@ -1169,8 +1171,7 @@ def load_checkpoint(run) -> dict:
         if not 0 <= int(state["step"]) <= int(state["total"]):
             raise ValueError(f"step {state['step']} of {state['total']}")
         saved = dict(shift=0.0, renew=0) | state["config"]  # what runs without these options did
-        fields = dataclasses.fields(Config)
-        values = (field.type(saved.get(field.name, field.default)) for field in fields)
+        values = (f.type(saved.get(f.name, f.default)) for f in dataclasses.fields(Config))
         state["config"] = check(Config(*values))
     except Exception as error:
         raise unusable(path, error) from None
@@ -1381,8 +1382,8 @@ class Report:
         for name, value in means.items() if self.board else ():
             with contextlib.suppress(OSError):  # a full disk
                 self.board.add_scalar(name, value, trainer.done)
-        settled = trainer.age() >= max(100, min(1000, trainer.total / 10))
-        if settled and trainer.config.model not in UNFUSED:
+        age, life = trainer.age()
+        if age >= max(100, life / 10) and trainer.config.model not in UNFUSED:
             for way, pool in (("ab", trainer.pool_b), ("ba", trainer.pool_a)):
                 self.warn_of_masks(way, pool, means)
 
@@ -1493,9 +1494,6 @@ def train(config: Config, resume: bool = False, typed: set | None = None) -> Pat
         saved = "saved; goes on with --resume" if trainer.done else "nothing to save"
         line += f"stopped after step {trainer.done}, {saved}"
         raise BadInput(line, 1 if stop == FAILED else 128 + int(stop))
-    for domain, useless in data.useless.items():
-        if useless:
-            warn(f"{len(useless)} images of {domain.upper()} were no use, see above")
     return Path(config.out)
 
 
