@@ -12,7 +12,7 @@ is `g_ba`; D judges images of B; the numbers are this file's own):
   (4) L_GAN       (D(y) - 1)^2 + D(G(x))^2, or, the papers', -log D(y) - log(1 - D(G(x))), D then
                   a sigmoid; D's is halved; G's is that of G(x) called real, (D(G(x)) - 1)^2
                   D's alone, not in the papers: + l_copy D(x)^2 / 2: an untouched x is a fake too;
-                  D sees all moved by some pixels, others each step, and begins anew at times
+                  and D sees everything moved by some pixels, other ones each step (`moved`)
   (5) L_AGAN      the same of D([m, y]) and D([m, G(x)]); m = 1 - a_n, the foreground, of x
   (6) L_cycle     |G'(G(x)) - x|, a mean, as (7) and (8)
   (7) L_pixel     |G(x) - x|
@@ -21,9 +21,9 @@ is `g_ba`; D judges images of B; the numbers are this file's own):
  (10) objective   r (l_cycle L_cycle + l_pixel L_pixel + l_identity L_identity)
                   + (1 - r) (l_gan L_GAN + l_paired L_AGAN + l_tv L_tv)
                   G's; D's terms are unweighted; without a curriculum both factors are 1
- (11) r           0.5 t min(1, (1 - e / c) / 0.65), at least 0.01; t in [0, 1]: D's age, 1 at its
-                  end; e and c are running means of (D(G(x)) - 1)^2 and (D(x) - 1)^2, so that
-                  e / c = 1 where G copies its input; not in the papers: a step, 0.01 to 0.5
+ (11) r           0.5 t min(1, (1 - e / c) / 0.65), at least 0.01; t in [0, 1]: the run's progress;
+                  e and c are running means of (D(G(x)) - 1)^2 and (D(x) - 1)^2, so that e / c = 1
+                  where G copies its input; not in the papers, whose r is a step, 0.01 to 0.5
  (12) any size    y = x + up(G(s) - s), s: x at the scale of the training; not in the papers
 
   --model   paper                                             generator           attention
@@ -489,13 +489,14 @@ def discriminator_objective(discriminators, real, fake, untouched, config: "Conf
 
 
 class AdaptiveCurriculum(nn.Module):
-    """Eq. (11): r of both directions, a ramp over D's life, held back as far as a direction copies.
+    """Eq. (11): r of both directions, a ramp over the run, held back as far as a direction copies.
 
-        e, c  <-  running means of L_GAN for G(x) and for x, over about 2 % of it
+        e, c  <-  running means of L_GAN for G(x) and for x, over about 2 % of the run
         r      =  ramp * (1 - e / c) / (1 - trust), between 0.01 and the ramp
 
     Where G copies, e / c is 1; the better G(x) fools D, the smaller it is. Up to e / c = trust, r
-    is the ramp's, and masks shrink; where they shrink too far, D sees through G(x), and r falls.
+    is the ramp's, and masks shrink to what has to change. Where they shrink too far, D sees
+    through G(x), and r falls. All of it stays on the device: no step waits for it.
     """
 
     def __init__(self, steps, highest=0.5, trust=0.35):
@@ -505,15 +506,15 @@ class AdaptiveCurriculum(nn.Module):
         self.register_buffer("c", torch.ones(2))
 
     def forward(self, step: int) -> Tensor:
-        """r of the step, D's first being 0: (2,)."""
+        """r of the step, the first of which is 0: (2,)."""
         ramp = max(0.01, self.highest * step / self.steps)
         fooled = 1 - self.e / self.c.clamp(min=1e-6)
         return (ramp * fooled / (1 - self.trust)).clamp(0.01, ramp)
 
     @torch.no_grad()
-    def update(self, age: int, e: Tensor, c: Tensor):
-        """Takes in L_GAN for G(x) and for x, (2,) each; age: steps since D was new."""
-        share = 1 / min(age + 1, max(1, 0.02 * self.steps))  # at first the mean of all steps
+    def update(self, step: int, e: Tensor, c: Tensor):
+        """Takes in L_GAN for G(x) and for x of the step, (2,) each."""
+        share = 1 / min(step + 1, max(1, 0.02 * self.steps))  # at first the mean of all steps
         self.e.lerp_(e, share)
         self.c.lerp_(c, share)
 
@@ -746,7 +747,6 @@ class Config:
     shift: float = 0.125          # D sees all moved by up to this fraction of the side; drawings: 0
     curriculum: str = "adaptive"  # of r: adaptive (Eq. 11), papers (a step), ramp or none
     r: float = 0.5                # its highest value: papers and ramp end there, adaptive may
-    renew: int = 30               # with adaptive: epochs after which D starts anew; 0: never
 
     # optimisation
     batch_size: int = 1  # pairs a step, of each process
@@ -769,17 +769,17 @@ class Config:
 
 RELEASED = dict(l_gan=1.0, l_paired=0.0, l_identity=5.0, l_pixel=0.0, l_tv=0.0, lr=2e-4)
 OBJECTIVES = {"final": {}, "released": RELEASED}
-# A further method: a class in section 3 or 7 that holds all its networks; in PRESETS, what it must
-# have whatever the objective (SMALL still wins); build_generator, Config.model, the table on top;
-# without a mask UNFUSED, check. A new loss: section 5, generator_objective, in Config a weight, 0.
-BASELINE = dict(objective="released", shift=0.0, renew=0)
-NO_CURRICULUM = dict(BASELINE, curriculum="none", l_copy=0.0)
+# A further method: a class in section 3 or 7, with all networks of its own (no others are trained);
+# in PRESETS, what it must have whatever the objective (SMALL still wins); in build_generator,
+# Config.model and the table on top a line; where it has no mask, UNFUSED and check. A new loss: a
+# function in section 5, a term in generator_objective, its weight in Config, by default 0.
+NO_CURRICULUM = dict(objective="released", curriculum="none", l_copy=0.0, shift=0.0)
 PRESETS = {
     "scheme1": {},
     "scheme2": {},
     "cyclegan": NO_CURRICULUM,
     # r and (a default) l_copy are not of its paper: without them its masks fall to 0 here
-    "mejjati": dict(BASELINE, l_identity=0.0, lr=1e-4, tau=0.1, r=0.8),
+    "mejjati": dict(objective="released", l_identity=0.0, lr=1e-4, tau=0.1, r=0.8, shift=0.0),
     "guided": dict(NO_CURRICULUM, l_identity=0.0),
 }
 SMALL = dict(size=64, resize=72, width=16, blocks=3, steps=2000, lr=4e-4)
@@ -929,7 +929,7 @@ class Trainer:
 
         # for the log: figures since its last row, their names, lines not written yet, bytes written
         self.rows, self.names, self.log, self.logged = [], [], [], 0
-        self.counts, self.per_epoch = {}, total  # images of each domain; steps
+        self.counts, self.per_epoch = {}, 1  # images of each domain; steps
         self.parts = {"nets": self.nets, "opt_g": self.opt_g, "opt_d": self.opt_d}
         self.parts |= {"curriculum": self.curriculum, "scaler": self.scaler}
 
@@ -960,7 +960,7 @@ class Trainer:
         if "copy" in a:
             judge = "gan" if self.config.l_gan else "paired"
             e, c = torch.stack([ab[judge], ba[judge]]), torch.stack([b["copy"], a["copy"]])
-            self.curriculum.update(self.age()[0], *average(torch.stack([e, c])))
+            self.curriculum.update(self.done, *average(torch.stack([e, c])))
         self.done += 1
 
         figures = {name: ab[name] + ba[name] for name in ab}
@@ -1022,26 +1022,9 @@ class Trainer:
             for function in self.recorded:
                 function.forget()
         self.phase = phase
-        if self.config.curriculum != "adaptive":
-            return torch.full((2,), scheduled_r(self.config, progress), device=self.device)
-        # old discriminators know each photograph, and a fake by the background that it has
-        age, self.curriculum.steps = self.age()
-        if self.done and not age:
-            init_weights(self.nets["d_a"])
-            init_weights(self.nets["d_b"])
-            self.opt_d.state.clear()
-            for p in self.d_parameters if WORLD > 1 else ():  # each process has drawn its own
-                dist.broadcast(p.detach(), 0)
-        return self.curriculum(age)
-
-    def age(self) -> tuple[int, int]:
-        """Steps since D began, and its life's: --renew epochs, of the last one up to twice that."""
-        every = self.config.renew * self.per_epoch
-        if not every or self.config.curriculum != "adaptive":
-            return self.done, self.total
-        last = every * max(0, self.total // every - 1)
-        born = min(self.done // every * every, last)
-        return self.done - born, self.total - last if born == last else every
+        if self.config.curriculum == "adaptive":
+            return self.curriculum(self.done)
+        return torch.full((2,), scheduled_r(self.config, progress), device=self.device)
 
     def state_dict(self) -> dict:
         """All that the run needs to go on; of CUDA no random numbers, the first process's pools."""
@@ -1170,7 +1153,7 @@ def load_checkpoint(run) -> dict:
             raise ValueError(f"of format {state['format']}, this program's is {FORMAT}")
         if not 0 <= int(state["step"]) <= int(state["total"]):
             raise ValueError(f"step {state['step']} of {state['total']}")
-        saved = dict(shift=0.0, renew=0) | state["config"]  # what runs without these options did
+        saved = dict(shift=0.0) | state["config"]  # as runs from before it did
         values = (f.type(saved.get(f.name, f.default)) for f in dataclasses.fields(Config))
         state["config"] = check(Config(*values))
     except Exception as error:
@@ -1382,8 +1365,7 @@ class Report:
         for name, value in means.items() if self.board else ():
             with contextlib.suppress(OSError):  # a full disk
                 self.board.add_scalar(name, value, trainer.done)
-        age, life = trainer.age()
-        if age >= max(100, life / 10) and trainer.config.model not in UNFUSED:
+        if trainer.config.model not in UNFUSED and trainer.done >= max(100, trainer.total / 10):
             for way, pool in (("ab", trainer.pool_b), ("ba", trainer.pool_a)):
                 self.warn_of_masks(way, pool, means)
 
@@ -1494,6 +1476,9 @@ def train(config: Config, resume: bool = False, typed: set | None = None) -> Pat
         saved = "saved; goes on with --resume" if trainer.done else "nothing to save"
         line += f"stopped after step {trainer.done}, {saved}"
         raise BadInput(line, 1 if stop == FAILED else 128 + int(stop))
+    for domain, useless in data.useless.items():
+        if useless:
+            warn(f"{len(useless)} images of {domain.upper()} were no use, see above")
     return Path(config.out)
 
 
