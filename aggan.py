@@ -814,7 +814,7 @@ def configure(given: dict, small=None) -> Config:
     settings = OBJECTIVES[(PRESETS[model] | given).get("objective", "final")] | PRESETS[model]
     small = bundled if small is None else small
     if small:
-        tv = SMALL_TV * (SMALL["size"] / max(1, given.get("size", SMALL["size"]))) ** 3
+        tv = SMALL_TV * (SMALL["size"] / max(1, (SMALL | given)["size"])) ** 3
         settings = dict(l_tv=tv) | settings | SMALL
     settings |= dict(shift=0.0) if bundled else {}  # with it, D of flat drawings wins
     settings["out"] = f"runs/mini-{model}" if small and bundled else f"runs/{model}"
@@ -1049,7 +1049,13 @@ class Trainer:
         for name, part in self.parts.items():
             if name != "scaler" or state["parts"][name]:  # one that was not needed is empty
                 part.load_state_dict(state["parts"][name])
+        for p, moments in [*self.opt_g.state.items(), *self.opt_d.state.items()]:
+            if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
+                raise ValueError("Adam's means of another shape")  # Adam does not look
+
+        shapes = [(channels, self.config.size, self.config.size) for channels in (3, 1)]
         for pool, items in zip((self.pool_a, self.pool_b), state["pools"], strict=True):
+            items = [(image.reshape(shapes[0]), mask.reshape(shapes[1])) for image, mask in items]
             pool.items = [(image.to(self.device), mask.to(self.device)) for image, mask in items]
         if RANK == 0:
             torch.set_rng_state(state["random"])
@@ -1153,7 +1159,7 @@ def load_checkpoint(run) -> dict:
             raise ValueError(f"of format {state['format']}, this program's is {FORMAT}")
         if not 0 <= int(state["step"]) <= int(state["total"]):
             raise ValueError(f"step {state['step']} of {state['total']}")
-        saved = dict(shift=0.0) | state["config"]  # as runs from before it did
+        saved = dict(shift=0.0) | state["config"]  # earlier runs had none
         values = (f.type(saved.get(f.name, f.default)) for f in dataclasses.fields(Config))
         state["config"] = check(Config(*values))
     except Exception as error:
@@ -1522,6 +1528,10 @@ def write_whole(path: Path, save):
             save(file)
             file.flush()
             os.fsync(file.fileno())
+        for pause in (0.5, 1, 2, 4):  # Windows, while another program reads what was there
+            with contextlib.suppress(PermissionError):
+                return os.replace(temporary, path)
+            time.sleep(pause)
         os.replace(temporary, path)
     except Exception as error:  # PyTorch and PIL have their own
         raise BadInput(f"{path}: cannot be written ({brief(error)})") from None
@@ -1767,8 +1777,9 @@ def translate_image(generator: nn.Module, image: Image.Image, side: int, device)
 
     side: of the image as the generator sees it, the shorter one; 0: as it is.
     """
-    colours = image.convert("RGB")
-    seen = on_white(image) if image.mode == "RGBA" else colours
+    transparent = image.mode == "RGBA"
+    colours = image.convert("RGB") if transparent else image
+    seen = on_white(image) if transparent else colours
     if side:  # at most 16 times as long, but no thinner than a pixel
         longest = max(16 * side, math.ceil(max(image.size) / min(image.size)))
         seen = TF.resize(seen, side, TF.InterpolationMode.BICUBIC, max_size=longest)
@@ -1783,7 +1794,7 @@ def translate_image(generator: nn.Module, image: Image.Image, side: int, device)
             bands.append(to_image(new[0].add_(1).div_(2)))
         new = Image.merge("RGB", bands)
         mask = mask.resize(image.size, Image.Resampling.BICUBIC)
-    if image.mode == "RGBA":
+    if transparent:
         new.putalpha(image.getchannel("A"))
     return new, mask
 
@@ -1986,8 +1997,10 @@ def make_parser() -> Parser:
     commands, home = parser.add_subparsers(dest="command", required=True), os.path.expanduser
 
     sub = commands.add_parser("train", help="train on two folders, or on the bundled drawings")
-    small = " ".join(f"{flag(name)} {value}" for name, value in SMALL.items())
-    sub.epilog = f"[defaults]: scheme2's; on the drawings, and with --small: {small}"
+    sets = SMALL, OBJECTIVES["released"]
+    small, released = (" ".join(f"{flag(k)} {v}" for k, v in brought.items()) for brought in sets)
+    sub.epilog = f"[defaults]: scheme2's; on the drawings, and with --small: {small}; "
+    sub.epilog += f"with --objective released: {released}"
     add_config_options(sub)
     sub.add_argument("--resume", action="store_true", help="go on from the checkpoint, if any")
     sub.add_argument("--small", action="store_true", default=None, help="the drawings' settings")
