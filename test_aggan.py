@@ -1713,11 +1713,27 @@ def scenes(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def found(scenes):
-    """A run on the scenes, with the default objective."""
+@pytest.fixture(scope="session", autouse=True)
+def training(request):
+    """The process of `found`'s half a minute: beside the other tests, from the first one on."""
+    if not any("found" in item.fixturenames for item in request.session.items):
+        yield None
+        return
+    scenes = request.getfixturevalue("scenes")
     changes = dict(resize=36, width=8, masks=4, lr=1e-3, log_every=1000, save_every=1000)
-    return aggan.train(tiny(scenes, **changes, steps=350, out=str(scenes / "found")))
+    given = options(scenes, **changes, steps=350, out=scenes / "found")
+    command, env = [sys.executable, ROOT / "aggan.py", "train", *given], {"OMP_NUM_THREADS": "1"}
+    quiet = dict(env=os.environ | env, stdout=subprocess.DEVNULL)
+    with subprocess.Popen(command, **quiet) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def found(scenes, training):
+    """A run on the scenes, with the default objective."""
+    assert training.wait() == 0
+    return scenes / "found"
 
 
 def test_scenes_like_photographs_are_not_copied(scenes, found):
