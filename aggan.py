@@ -21,7 +21,7 @@ is `g_ba`; D judges images of B; the numbers are this file's own):
  (10) objective   r (l_cycle L_cycle + l_pixel L_pixel + l_identity L_identity)
                   + (1 - r) (l_gan L_GAN + l_paired L_AGAN + l_tv L_tv)
                   G's; D's terms are unweighted; without a curriculum both factors are 1
- (11) r           0.5 t min(1, (1 - e / c) / 0.65), at least 0.01; t in [0, 1]: the run's progress;
+ (11) r           0.5 t^2 (drawings: 0.5 t) min(1, (1 - e / c) / 0.65), at least 0.01; t: progress;
                   e and c are running means of (D(G(x)) - 1)^2 and (D(x) - 1)^2, so that e / c = 1
                   where G copies its input; not in the papers, whose r is a step, 0.01 to 0.5
  (12) any size    y = x + up(G(s) - s), s: x at the scale of the training; not in the papers
@@ -492,22 +492,22 @@ class AdaptiveCurriculum(nn.Module):
     """Eq. (11): r of both directions, a ramp over the run, held back as far as a direction copies.
 
         e, c  <-  running means of L_GAN for G(x) and for x, over about 2 % of the run
-        r      =  ramp * (1 - e / c) / (1 - trust), between 0.01 and the ramp
+        r      =  ramp * (1 - e / c) / (1 - trust), between 0.01 and ramp = highest * t^power
 
     Where G copies, e / c is 1; the better G(x) fools D, the smaller it is. Up to e / c = trust, r
     is the ramp's, and masks shrink to what has to change. Where they shrink too far, D sees
     through G(x), and r falls. All of it stays on the device: no step waits for it.
     """
 
-    def __init__(self, steps, highest=0.5, trust=0.35):
+    def __init__(self, steps, highest=0.5, trust=0.35, power=1):
         super().__init__()
-        self.steps, self.highest, self.trust = steps, highest, trust
+        self.steps, self.highest, self.trust, self.power = steps, highest, trust, power
         self.register_buffer("e", torch.ones(2))  # of A -> B, of B -> A
         self.register_buffer("c", torch.ones(2))
 
     def forward(self, step: int) -> Tensor:
         """r of the step, the first of which is 0: (2,)."""
-        ramp = max(0.01, self.highest * step / self.steps)
+        ramp = max(0.01, self.highest * (step / self.steps) ** self.power)
         fooled = 1 - self.e / self.c.clamp(min=1e-6)
         return (ramp * fooled / (1 - self.trust)).clamp(0.01, ramp)
 
@@ -747,6 +747,7 @@ class Config:
     shift: float = 0.125          # D sees all moved by up to this fraction of the side; drawings: 0
     curriculum: str = "adaptive"  # of r: adaptive (Eq. 11), papers (a step), ramp or none
     r: float = 0.5                # its highest value: papers and ramp end there, adaptive may
+    power: float = 2.0            # adaptive: r's ramp is t^power, t the progress; drawings: 1
 
     # optimisation
     batch_size: int = 1  # pairs a step, of each process
@@ -769,10 +770,9 @@ class Config:
 
 RELEASED = dict(l_gan=1.0, l_paired=0.0, l_identity=5.0, l_pixel=0.0, l_tv=0.0, lr=2e-4)
 OBJECTIVES = {"final": {}, "released": RELEASED}
-# A further method: a class in section 3 or 7, with all networks of its own (no others are trained);
-# in PRESETS, what it must have whatever the objective (SMALL still wins); in build_generator,
-# Config.model and the table on top a line; where it has no mask, UNFUSED and check. A new loss: a
-# function in section 5, a term in generator_objective, its weight in Config, by default 0.
+# A further method: a class in section 3 or 7 that holds all its networks; in PRESETS, what it must
+# have whatever the objective (SMALL still wins); build_generator, Config.model, the table on top;
+# without a mask UNFUSED, check. A new loss: section 5, generator_objective, in Config a weight, 0.
 NO_CURRICULUM = dict(objective="released", curriculum="none", l_copy=0.0, shift=0.0)
 PRESETS = {
     "scheme1": {},
@@ -816,7 +816,7 @@ def configure(given: dict, small=None) -> Config:
     if small:
         tv = SMALL_TV * (SMALL["size"] / max(1, (SMALL | given)["size"])) ** 3
         settings = dict(l_tv=tv) | settings | SMALL
-    settings |= dict(shift=0.0) if bundled else {}  # with it, D of flat drawings wins
+    settings |= dict(shift=0.0, power=1.0) if bundled else {}  # flat drawings: D wins with a shift
     settings["out"] = f"runs/mini-{model}" if small and bundled else f"runs/{model}"
     if "epochs" in given:
         settings["steps"] = 0
@@ -912,7 +912,7 @@ class Trainer:
         adam = dict(betas=(0.5, 0.999), fused=True)
         self.opt_g = torch.optim.Adam(self.g_parameters, config.lr, **adam)
         self.opt_d = torch.optim.Adam(self.d_parameters, config.lr, **adam)
-        self.curriculum = AdaptiveCurriculum(total, config.r).to(device)
+        self.curriculum = AdaptiveCurriculum(total, config.r, power=config.power).to(device)
         self.pool_a, self.pool_b = ImagePool(config.pool), ImagePool(config.pool)
         self.changing = [net for net in self.nets.modules() if hasattr(net, "set_progress")]
         self.phase = None
@@ -1159,7 +1159,7 @@ def load_checkpoint(run) -> dict:
             raise ValueError(f"of format {state['format']}, this program's is {FORMAT}")
         if not 0 <= int(state["step"]) <= int(state["total"]):
             raise ValueError(f"step {state['step']} of {state['total']}")
-        saved = dict(shift=0.0) | state["config"]  # earlier runs had none
+        saved = dict(shift=0.0, power=1.0) | state["config"]  # as runs before these options
         values = (f.type(saved.get(f.name, f.default)) for f in dataclasses.fields(Config))
         state["config"] = check(Config(*values))
     except Exception as error:

@@ -618,13 +618,13 @@ def test_masks_learn_from_the_paired_discriminator():
     assert nets["g_ab"].attention_decoder[-1].weight.grad.abs().max() > 0
 
 
-def by_hand(losses, steps, highest=0.5, trust=0.35):
+def by_hand(losses, steps, highest=0.5, trust=0.35, power=1):
     """Eq. (11) with plain numbers: r of each step, and of the one after."""
     e, c, rs = 1.0, 1.0, [0.01]
     for step, (new_e, new_c) in enumerate(losses):
         share = 1 / min(step + 1, max(1, 0.02 * steps))
         e, c = e + share * (new_e - e), c + share * (new_c - c)
-        ramp = max(0.01, highest * (step + 1) / steps)
+        ramp = max(0.01, highest * ((step + 1) / steps) ** power)
         rs.append(min(max(ramp * (1 - e / c) / (1 - trust), 0.01), ramp))
     return rs
 
@@ -642,7 +642,7 @@ def r_of(losses, steps, **settings):
 
 def test_adaptive_curriculum_is_the_loop_by_hand():
     random.seed(0)
-    for steps, settings in ((300, {}), (40, dict(highest=0.3, trust=0.6))):
+    for steps, settings in ((300, {}), (40, dict(highest=0.3, trust=0.6, power=2))):
         losses = [(random.uniform(0.2, 1.0), random.uniform(0.8, 1.2)) for _ in range(steps)]
         rs = r_of(losses, steps, **settings)
         assert rs == pytest.approx(by_hand(losses, steps, **settings), rel=1e-4)
@@ -804,8 +804,10 @@ def test_presets_are_the_papers():
     config = aggan.configure({})  # the small settings, of the drawings
     assert not config.a and (config.size, config.steps, config.l_tv) == (64, 2000, 1e-4)
     assert config.out == "runs/mini-scheme2" and aggan.configure({"epochs": 2}).steps == 0
+    assert (config.shift, config.power) == (0, 1)
     small = aggan.configure(dict(own, objective="released", width=4), small=True)
     assert (small.size, small.width, small.out) == (64, 4, "runs/scheme2")
+    assert small.power == 2
     assert small.l_tv == 0  # an objective without it
     twice = aggan.configure(dict(own, size=128, resize=144), small=True)
     assert twice.l_tv == 1e-4 / 8  # a sum over pixels: with 1e-4 masks go to 1
@@ -820,6 +822,7 @@ def test_the_step_puts_the_parts_together():
     trainer = aggan.Trainer(config, 10, CPU)
     trainer.done = 8
     r = trainer.curriculum(8)
+    assert trainer.curriculum.power == config.power == 2
     figures, nets, expected, fakes, copies = trainer.step(*BATCH), trainer.nets, {}, {}, {}
     for name in ("ab", "ba"):
         _, terms, t = aggan.generator_objective(*direction(nets, name), 0.5, config)
@@ -1602,7 +1605,7 @@ def test_bad_checkpoints_get_one_line(folders, capsys):
 
     file.write_bytes(whole)  # from before some options were there, with an old one
     state = change("config", "compile", value=True)
-    for name, then in dict(l_copy=1.0, shift=0.0).items():
+    for name, then in dict(l_copy=1.0, shift=0.0, power=1.0).items():
         assert state["config"].pop(name) == getattr(aggan.Config, name)
         torch.save(state, file)
         assert getattr(aggan.load_checkpoint(run)["config"], name) == then
