@@ -12,7 +12,7 @@ is `g_ba`; D judges images of B; the numbers are this file's own):
   (4) L_GAN       (D(y) - 1)^2 + D(G(x))^2, or, the papers', -log D(y) - log(1 - D(G(x))), D then
                   a sigmoid; D's is halved; G's is that of G(x) called real, (D(G(x)) - 1)^2
                   D's alone, not in the papers: + l_copy D(x)^2 / 2: an untouched x is a fake too;
-                  and D sees everything moved by some pixels, other ones each step (`moved`)
+                  and D sees all moved by some pixels, others each step, more and more (`moved`)
   (5) L_AGAN      the same of D([m, y]) and D([m, G(x)]); m = 1 - a_n, the foreground, of x
   (6) L_cycle     |G'(G(x)) - x|, a mean, as (7) and (8)
   (7) L_pixel     |G(x) - x|
@@ -372,7 +372,8 @@ class AttentionGuidedDiscriminator(nn.Module):
 def moved(x: Tensor, shift=()) -> Tensor:
     """x (B, C, H, W), moved by shift (2,), pixels down and right; what is missing is mirrored.
 
-    Discriminators see all so, in another way each step (Zhao et al. 2020), or masks seek the edges.
+    D sees all so, in another way each step (Zhao et al. 2020), or masks seek the edges; farther and
+    farther, from 1/4 of --shift to all of it in 150 epochs, or masks grow as D learns each image.
     """
     for dim, by in zip((2, 3), shift):
         last = x.shape[dim] - 1
@@ -522,8 +523,7 @@ class AdaptiveCurriculum(nn.Module):
 def scheduled_r(config: "Config", progress: float) -> float:
     """r of Eq. (10) by the clock alone; progress in [0, 1].
 
-    0.01 for 5 % of the run (10 of 200 epochs), then config.r ("papers": a step), or
-    config.r * progress ("ramp": a line).
+    0.01 for 5 % of the run, then config.r ("papers": a step) or config.r * progress ("ramp").
     """
     if progress < 0.05:
         return 0.01
@@ -744,7 +744,7 @@ class Config:
     l_identity: float = 0.0       # weight of L_identity, Eq. 8
     l_tv: float = 1e-6            # weight of L_tv, Eq. 9; small settings: 1e-4 (64 / size)^3
     l_copy: float = 1.0           # weight of the untouched input among D's fakes, Eq. 4
-    shift: float = 0.125          # D sees all moved by up to this fraction of the side; drawings: 0
+    shift: float = 0.5            # highest shift of what D sees, a part of the side; drawings: 0
     curriculum: str = "adaptive"  # of r: adaptive (Eq. 11), papers (a step), ramp or none
     r: float = 0.5                # its highest value: papers and ramp end there, adaptive may
     power: float = 2.0            # adaptive: r's ramp is t^power, t the progress; drawings: 1
@@ -941,8 +941,8 @@ class Trainer:
         pinned = self.device.type == "cuda"  # elsewhere it would not be safe
         real_a, real_b = (x.to(self.device, non_blocking=pinned) for x in (real_a, real_b))
         r = self.begin()  # (2,): of A -> B, of B -> A
-        far = int(self.config.shift * self.config.size)
-        shift = [torch.randint(-far, far + 1, (2,), device=self.device)] if far else []
+        far = min(1, 0.25 + self.done / self.per_epoch / 200) * self.config.shift * self.config.size
+        shift = [((2 * torch.rand(2, device=self.device) - 1) * far).round().long()] if far else []
 
         # generators: gradients of both directions, one update
         fake_a, fake_b, mask_a, mask_b, ab, ba = self.generator_gradients(real_a, real_b, r, *shift)

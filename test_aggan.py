@@ -804,10 +804,10 @@ def test_presets_are_the_papers():
     config = aggan.configure({})  # the small settings, of the drawings
     assert not config.a and (config.size, config.steps, config.l_tv) == (64, 2000, 1e-4)
     assert config.out == "runs/mini-scheme2" and aggan.configure({"epochs": 2}).steps == 0
-    assert (config.shift, config.power) == (0, 1)
+    assert (config.shift, config.power) == (0, 1)  # photographs: 0.5, 2
     small = aggan.configure(dict(own, objective="released", width=4), small=True)
     assert (small.size, small.width, small.out) == (64, 4, "runs/scheme2")
-    assert small.power == 2
+    assert (small.shift, small.power) == (0.5, 2)
     assert small.l_tv == 0  # an objective without it
     twice = aggan.configure(dict(own, size=128, resize=144), small=True)
     assert twice.l_tv == 1e-4 / 8  # a sum over pixels: with 1e-4 masks go to 1
@@ -867,25 +867,30 @@ def test_the_step_uses_the_pools():
 
 
 def test_discriminators_see_everything_moved_alike():
-    """By hand, then in a step: whatever D judges is moved by one shift, another one each step."""
+    """By hand, then in a step: whatever D judges is moved by one shift, another one each step.
+
+    Of a side of 32 first by up to 4, an eighth, from epoch 150 on by up to 16, a half.
+    """
     row = torch.tensor([[[[1.0, 2, 3, 4]]]])
     for by, expected in {0: "1234", 1: "2123", 3: "4321", -1: "2343"}.items():
         across, down = aggan.moved(row, (0, by)), aggan.moved(row.mT, torch.tensor([by, 0]))
         assert across.flatten().tolist() == down.flatten().tolist() == list(map(int, expected))
 
-    trainer, seen, shifts = aggan.Trainer(dataclasses.replace(FINAL, pool=0), 10, CPU), [], []
+    trainer, seen, shifts = aggan.Trainer(dataclasses.replace(FINAL, pool=0), 999, CPU), [], []
+    trainer.per_epoch = 3
     trainer.nets["d_b"]["paired"].register_forward_hook(lambda _, inputs, __: seen.append(inputs))
-    for _ in range(4):
+    for epoch, most in 2 * [(0, 4), (50, 8), (100, 12), (150, 16), (300, 16)]:
+        trainer.done = 3 * epoch
         fake_b, mask = trainer.nets["g_ab"](BATCH[0])[0], trainer.nets["g_ab"](BATCH[0]).foreground
         trainer.step(*BATCH)
         asked, real, fake = seen[-3:]  # by G, then by D
-        far = range(-4, 5)  # an eighth of 32
+        far = range(-most, most + 1)
         shift = [s for s in itertools.product(far, far) if aggan.moved(mask, s).equal(asked[1])]
         shifts += shift
         assert len(shift) == 1 and asked[0].equal(aggan.moved(fake_b, shift[0]))
         for pair, image in ((real, BATCH[1]), (fake, fake_b)):
             assert pair[0].equal(aggan.moved(image, shift[0])) and pair[1].equal(asked[1])
-    assert len(set(shifts)) > 1
+    assert len(set(shifts)) > 4 and max(abs(by) for s in shifts for by in s) > 12
 
 
 def test_each_update_leaves_the_other_networks_alone():
