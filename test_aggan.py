@@ -1730,9 +1730,9 @@ def training(request):
     scenes = request.getfixturevalue("scenes")
     changes = dict(resize=36, width=8, masks=4, lr=1e-3, log_every=1000, save_every=1000)
     given = options(scenes, **changes, steps=350, out=scenes / "found")
-    command, env = [sys.executable, ROOT / "aggan.py", "train", *given], {"OMP_NUM_THREADS": "1"}
-    quiet = dict(env=os.environ | env, stdout=subprocess.DEVNULL)
-    with subprocess.Popen(command, **quiet) as process:
+    command = [sys.executable, ROOT / "aggan.py", "train", *given]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as process:
         yield process
         process.kill()
 
