@@ -8,6 +8,8 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import gc
+import inspect
 import itertools
 import json
 import math
@@ -42,6 +44,8 @@ EXERCISES = (ROOT / "data" / "exercises.md").read_text(encoding="utf-8")
 MOST_LINES = 2087  # of aggan.py
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # small networks; and processes that are compared round alike
+inspect.getsource = functools.cache(inspect.getsource)  # each command line reads Config's
+gc.freeze()  # PyTorch is no garbage: collections are short
 
 needs_posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX signals")
 
@@ -975,7 +979,7 @@ def recorded_trainer(config, monkeypatch, fail=False):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(Replay()) or graphs[-1])
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, *_, **__: graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-    trainer = aggan.Trainer(config, 40, CPU)
+    trainer = aggan.Trainer(config, 20, CPU)
 
     def recording(function, parameters):
         def called(*inputs):
@@ -1012,10 +1016,10 @@ def figures_after(trainer, count):
 def test_a_graph_steps_as_without(monkeypatch, capsys, how):
     """It is recorded anew at the switch; without one where recording fails."""
     config = dataclasses.replace(MEJJATI if "switch" in how else FINAL, pool=3, norm="batch")
-    plain = aggan.Trainer(config, 40, CPU)
+    plain = aggan.Trainer(config, 20, CPU)
     recorded = recorded_trainer(config, monkeypatch, fail=how == "fails")
     good = how != "fails"
-    count = 17 if good else 6
+    count = 12 if good else 6  # the switch is at the seventh step
     assert figures_after(plain, count) == figures_after(recorded, count)
     assert same(plain.nets.state_dict(), recorded.nets.state_dict())
     assert all((g.graph is not None) == good for g in recorded.recorded)
@@ -1444,7 +1448,7 @@ def test_a_run_goes_on_without_a_screen(folders, monkeypatch):
 @needs_posix
 def test_kills_lose_only_the_steps_since_the_last_checkpoint(folders, started):
     """A run of five SIGKILLs, at any moment, ends as one that was never stopped."""
-    changes = dict(steps=75, save_every=3, pool=2, model="scheme1", blocks=0, l_paired=0.0)
+    changes = dict(steps=45, save_every=3, pool=2, model="scheme1", blocks=0, l_paired=0.0)
     whole = aggan.train(tiny(folders, **changes))
     out, numbers, killed = folders / "killed", random.Random(0), 0
     run, log = ["train", *options(folders, **changes, out=out), "--resume"], out / "log.csv"
