@@ -13,7 +13,7 @@ is `g_ba`; D judges images of B; the numbers are this file's own):
                   a sigmoid; D's is halved; G's is that of G(x) called real, (D(G(x)) - 1)^2
                   D's alone, not in the papers: + l_copy D(x)^2 / 2: an untouched x is a fake too;
                   and D sees all moved by some pixels, others each step, more and more (`moved`)
-  (5) L_AGAN      the same of D([m, y]) and D([m, G(x)]); m = 1 - a_n, the foreground, of x
+  (5) L_AGAN      the same of D([m, y]) and D([m, G(x)]), m = 1 - a_n of x; --objective final's
   (6) L_cycle     |G'(G(x)) - x|, a mean, as (7) and (8)
   (7) L_pixel     |G(x) - x|
   (8) L_identity  |G(y) - y|
@@ -21,7 +21,7 @@ is `g_ba`; D judges images of B; the numbers are this file's own):
  (10) objective   r (l_cycle L_cycle + l_pixel L_pixel + l_identity L_identity)
                   + (1 - r) (l_gan L_GAN + l_paired L_AGAN + l_tv L_tv)
                   G's; D's terms are unweighted; without a curriculum both factors are 1
- (11) r           0.5 t^2 (drawings: 0.5 t) min(1, (1 - e / c) / 0.65), at least 0.01; t: progress;
+ (11) r           0.5 t min(1, (1 - e / c) / 0.65), at least 0.01; t in [0, 1]: the run's progress;
                   e and c are running means of (D(G(x)) - 1)^2 and (D(x) - 1)^2, so that e / c = 1
                   where G copies its input; not in the papers, whose r is a step, 0.01 to 0.5
  (12) any size    y = x + up(G(s) - s), s: x at the scale of the training; not in the papers
@@ -473,7 +473,7 @@ def discriminator_objective(discriminators, real, fake, untouched, config: "Conf
     (real_image, real_mask), (fake_image, fake_mask) = real, fake
     total, terms = 0, {}
     for name, discriminator in discriminators.items():
-        # Eq. (5): the fake's mask stands beside the real image too
+        # Eq. (5): the fake's mask stands beside the real image too, although it does not fit it
         mask = fake_mask if name == "paired" else real_mask
         on_real = adversarial_loss(discriminator(real_image, mask), True, config.gan)
         on_fake = adversarial_loss(discriminator(fake_image, fake_mask), False, config.gan)
@@ -493,22 +493,22 @@ class AdaptiveCurriculum(nn.Module):
     """Eq. (11): r of both directions, a ramp over the run, held back as far as a direction copies.
 
         e, c  <-  running means of L_GAN for G(x) and for x, over about 2 % of the run
-        r      =  ramp * (1 - e / c) / (1 - trust), between 0.01 and ramp = highest * t^power
+        r      =  ramp * (1 - e / c) / (1 - trust), between 0.01 and the ramp
 
     Where G copies, e / c is 1; the better G(x) fools D, the smaller it is. Up to e / c = trust, r
     is the ramp's, and masks shrink to what has to change. Where they shrink too far, D sees
     through G(x), and r falls. All of it stays on the device: no step waits for it.
     """
 
-    def __init__(self, steps, highest=0.5, trust=0.35, power=1):
+    def __init__(self, steps, highest=0.5, trust=0.35):
         super().__init__()
-        self.steps, self.highest, self.trust, self.power = steps, highest, trust, power
+        self.steps, self.highest, self.trust = steps, highest, trust
         self.register_buffer("e", torch.ones(2))  # of A -> B, of B -> A
         self.register_buffer("c", torch.ones(2))
 
     def forward(self, step: int) -> Tensor:
         """r of the step, the first of which is 0: (2,)."""
-        ramp = max(0.01, self.highest * (step / self.steps) ** self.power)
+        ramp = max(0.01, self.highest * step / self.steps)
         fooled = 1 - self.e / self.c.clamp(min=1e-6)
         return (ramp * fooled / (1 - self.trust)).clamp(0.01, ramp)
 
@@ -712,7 +712,7 @@ GUIDES = {"pha": ActivationDiscriminator, "tam": ResidualAttentionDiscriminator}
 class Config:
     """One run; each field, on one line, is an option of `train`, its comment the help text.
 
-    The last one wins: defaults, SMALL_TV, OBJECTIVES, PRESETS (by model), SMALL, the command line.
+    The last one wins: defaults, SMALL_TV, OBJECTIVES, DRAWINGS, PRESETS, SMALL, the command line.
     """
 
     # data
@@ -735,10 +735,10 @@ class Config:
     switch: float = 0.3         # fraction of the run before tau; with tau, mejjati's masks freeze
 
     # objective
-    objective: str = "final"      # weights but l_copy, rate: final (papers) or released (code)
+    objective: str = "own"        # weights, rate: own, final (the papers') or released (their code)
     gan: str = "lsgan"            # adversarial loss: lsgan or vanilla
-    l_gan: float = 0.5            # weight of L_GAN, Eq. 4
-    l_paired: float = 0.5         # weight of L_AGAN, Eq. 5: the attention-guided discriminators
+    l_gan: float = 1.0            # weight of L_GAN, Eq. 4; final: 0.5
+    l_paired: float = 0.0         # weight of L_AGAN, Eq. 5: attention-guided discriminators
     l_cycle: float = 10.0         # weight of L_cycle, Eq. 6
     l_pixel: float = 1.0          # weight of L_pixel, Eq. 7
     l_identity: float = 0.0       # weight of L_identity, Eq. 8
@@ -747,7 +747,6 @@ class Config:
     shift: float = 0.5            # highest shift of what D sees, a part of the side; drawings: 0
     curriculum: str = "adaptive"  # of r: adaptive (Eq. 11), papers (a step), ramp or none
     r: float = 0.5                # its highest value: papers and ramp end there, adaptive may
-    power: float = 2.0            # adaptive: r's ramp is t^power, t the progress; drawings: 1
 
     # optimisation
     batch_size: int = 1  # pairs a step, of each process
@@ -768,8 +767,8 @@ class Config:
     tensorboard: bool = False  # curves for TensorBoard too, in the run folder
 
 
-RELEASED = dict(l_gan=1.0, l_paired=0.0, l_identity=5.0, l_pixel=0.0, l_tv=0.0, lr=2e-4)
-OBJECTIVES = {"final": {}, "released": RELEASED}
+RELEASED = dict(l_identity=5.0, l_pixel=0.0, l_tv=0.0, lr=2e-4)
+OBJECTIVES = {"own": {}, "final": dict(l_gan=0.5, l_paired=0.5), "released": RELEASED}
 # A further method: a class in section 3 or 7 that holds all its networks; in PRESETS, what it must
 # have whatever the objective (SMALL still wins); build_generator, Config.model, the table on top;
 # without a mask UNFUSED, check. A new loss: section 5, generator_objective, in Config a weight, 0.
@@ -785,6 +784,7 @@ PRESETS = {
 SMALL = dict(size=64, resize=72, width=16, blocks=3, steps=2000, lr=4e-4)
 SMALL |= dict(log_every=50, save_every=400)
 SMALL_TV = 1e-4                   # at 64 px; with as much at 128 masks go to 1, and stay; by trial
+DRAWINGS = dict(objective="final", shift=0.0)  # flat as they are, with a shift D wins
 UNFUSED = ("cyclegan", "guided")  # models without a mask of their own that could collapse
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHOICES = dict(model=PRESETS, objective=OBJECTIVES, norm=NORMS, head=HEADS, attention_map=GUIDES)
@@ -811,12 +811,12 @@ def flag(name):
 def configure(given: dict, small=None) -> Config:
     """Options given -> the configuration. small: with SMALL; None: where no folders are given."""
     model, bundled = given.get("model", "scheme2"), not given.get("a")
-    settings = OBJECTIVES[(PRESETS[model] | given).get("objective", "final")] | PRESETS[model]
+    settings = (DRAWINGS if bundled else {}) | PRESETS[model]
+    settings = OBJECTIVES[(settings | given).get("objective", "own")] | settings
     small = bundled if small is None else small
     if small:
         tv = SMALL_TV * (SMALL["size"] / max(1, (SMALL | given)["size"])) ** 3
         settings = dict(l_tv=tv) | settings | SMALL
-    settings |= dict(shift=0.0, power=1.0) if bundled else {}  # flat drawings: D wins with a shift
     settings["out"] = f"runs/mini-{model}" if small and bundled else f"runs/{model}"
     if "epochs" in given:
         settings["steps"] = 0
@@ -912,7 +912,7 @@ class Trainer:
         adam = dict(betas=(0.5, 0.999), fused=True)
         self.opt_g = torch.optim.Adam(self.g_parameters, config.lr, **adam)
         self.opt_d = torch.optim.Adam(self.d_parameters, config.lr, **adam)
-        self.curriculum = AdaptiveCurriculum(total, config.r, power=config.power).to(device)
+        self.curriculum = AdaptiveCurriculum(total, config.r).to(device)
         self.pool_a, self.pool_b = ImagePool(config.pool), ImagePool(config.pool)
         self.changing = [net for net in self.nets.modules() if hasattr(net, "set_progress")]
         self.phase = None
@@ -1159,7 +1159,7 @@ def load_checkpoint(run) -> dict:
             raise ValueError(f"of format {state['format']}, this program's is {FORMAT}")
         if not 0 <= int(state["step"]) <= int(state["total"]):
             raise ValueError(f"step {state['step']} of {state['total']}")
-        saved = dict(shift=0.0, power=1.0) | state["config"]  # as runs before these options
+        saved = dict(shift=0.0) | state["config"]  # earlier runs had none
         values = (f.type(saved.get(f.name, f.default)) for f in dataclasses.fields(Config))
         state["config"] = check(Config(*values))
     except Exception as error:

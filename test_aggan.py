@@ -52,7 +52,7 @@ needs_posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX si
 # settings of a run of a second
 TINY = dict(width=4, blocks=1, masks=3, size=32, resize=36, workers=0, device="cpu")
 TINY |= dict(log_every=2, save_every=2)
-FINAL = aggan.configure(dict(TINY, a="a", b="b"))
+FINAL = aggan.configure(dict(TINY, a="a", b="b", objective="final"))
 MEJJATI = aggan.configure(dict(TINY, a="a", b="b", model="mejjati"))
 BATCH = [x * 2 - 1 for x in torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))]
 
@@ -622,13 +622,13 @@ def test_masks_learn_from_the_paired_discriminator():
     assert nets["g_ab"].attention_decoder[-1].weight.grad.abs().max() > 0
 
 
-def by_hand(losses, steps, highest=0.5, trust=0.35, power=1):
+def by_hand(losses, steps, highest=0.5, trust=0.35):
     """Eq. (11) with plain numbers: r of each step, and of the one after."""
     e, c, rs = 1.0, 1.0, [0.01]
     for step, (new_e, new_c) in enumerate(losses):
         share = 1 / min(step + 1, max(1, 0.02 * steps))
         e, c = e + share * (new_e - e), c + share * (new_c - c)
-        ramp = max(0.01, highest * ((step + 1) / steps) ** power)
+        ramp = max(0.01, highest * (step + 1) / steps)
         rs.append(min(max(ramp * (1 - e / c) / (1 - trust), 0.01), ramp))
     return rs
 
@@ -646,7 +646,7 @@ def r_of(losses, steps, **settings):
 
 def test_adaptive_curriculum_is_the_loop_by_hand():
     random.seed(0)
-    for steps, settings in ((300, {}), (40, dict(highest=0.3, trust=0.6, power=2))):
+    for steps, settings in ((300, {}), (40, dict(highest=0.3, trust=0.6))):
         losses = [(random.uniform(0.2, 1.0), random.uniform(0.8, 1.2)) for _ in range(steps)]
         rs = r_of(losses, steps, **settings)
         assert rs == pytest.approx(by_hand(losses, steps, **settings), rel=1e-4)
@@ -790,13 +790,15 @@ def test_tam_adds_a_learnt_mask_to_the_trunk():
 def test_presets_are_the_papers():
     own = dict(a="x", b="y")
     final = dict(l_gan=0.5, l_paired=0.5, l_cycle=10, l_pixel=1, l_identity=0, l_tv=1e-6, lr=1e-4)
+    without = dict(final, l_gan=1, l_paired=0)
     released = dict(l_gan=1, l_paired=0, l_cycle=10, l_pixel=0, l_identity=5, l_tv=0, lr=2e-4)
     adaptive = dict(curriculum="adaptive", l_copy=1, r=0.5)
     plain = dict(released, curriculum="none", l_copy=0, tau=0)
     mejjati = dict(released, l_identity=0, lr=1e-4, tau=0.1, switch=0.3, r=0.8, l_copy=1)
     for given, expected in (
-        (dict(model="scheme1"), final | adaptive),
-        (dict(model="scheme2"), final | adaptive | dict(size=256, out="runs/scheme2")),
+        (dict(model="scheme1"), without | adaptive),
+        (dict(model="scheme2"), without | adaptive | dict(size=256, out="runs/scheme2")),
+        (dict(model="scheme1", objective="final"), final | adaptive),
         (dict(model="scheme2", objective="released"), released | adaptive),
         (dict(model="cyclegan"), plain),
         (dict(model="guided"), dict(plain, l_identity=0)),
@@ -808,11 +810,10 @@ def test_presets_are_the_papers():
     config = aggan.configure({})  # the small settings, of the drawings
     assert not config.a and (config.size, config.steps, config.l_tv) == (64, 2000, 1e-4)
     assert config.out == "runs/mini-scheme2" and aggan.configure({"epochs": 2}).steps == 0
-    assert (config.shift, config.power) == (0, 1)  # photographs: 0.5, 2
+    assert (config.objective, config.l_gan, config.l_paired, config.shift) == ("final", 0.5, 0.5, 0)
     small = aggan.configure(dict(own, objective="released", width=4), small=True)
     assert (small.size, small.width, small.out) == (64, 4, "runs/scheme2")
-    assert (small.shift, small.power) == (0.5, 2)
-    assert small.l_tv == 0  # an objective without it
+    assert (small.shift, small.l_tv) == (0.5, 0)  # an objective without L_tv
     twice = aggan.configure(dict(own, size=128, resize=144), small=True)
     assert twice.l_tv == 1e-4 / 8  # a sum over pixels: with 1e-4 masks go to 1
 
@@ -826,7 +827,6 @@ def test_the_step_puts_the_parts_together():
     trainer = aggan.Trainer(config, 10, CPU)
     trainer.done = 8
     r = trainer.curriculum(8)
-    assert trainer.curriculum.power == config.power == 2
     figures, nets, expected, fakes, copies = trainer.step(*BATCH), trainer.nets, {}, {}, {}
     for name in ("ab", "ba"):
         _, terms, t = aggan.generator_objective(*direction(nets, name), 0.5, config)
@@ -1417,7 +1417,7 @@ def test_a_run_goes_on_further_and_elsewhere(folders, capsys):
     new = ["train", *options(there, steps=1, out=folders / "new"), "--init", there / "run"]
     for other, words in (  # a run that starts from another
         (["--width", 8], "size mismatch for g_ab.encoder.0.0.weight"),
-        (["--objective", "released"], r"Unexpected key.*d_a.paired"),
+        (["--objective", "final"], r"Missing key.*d_a.paired"),
         (["--init", folders], "no checkpoint.pt here"),
     ):
         assert re.search(words, refusal([*new, *other], capsys)) and not (folders / "new").exists()
@@ -1614,7 +1614,7 @@ def test_bad_checkpoints_get_one_line(folders, capsys):
 
     file.write_bytes(whole)  # from before some options were there, with an old one
     state = change("config", "compile", value=True)
-    for name, then in dict(l_copy=1.0, shift=0.0, power=1.0).items():
+    for name, then in dict(l_copy=1.0, shift=0.0).items():
         assert state["config"].pop(name) == getattr(aggan.Config, name)
         torch.save(state, file)
         assert getattr(aggan.load_checkpoint(run)["config"], name) == then
@@ -2508,7 +2508,7 @@ def test_exercises_run_and_change_something(diff):
     judge, results = AttentionGuidedDiscriminator(TINY["width"]), []
     x = torch.rand(1, 3, 32, 32) * 2 - 1
     for module in (aggan, changed):
-        config = module.configure(dict(TINY, a="a", b="b", shift=0))
+        config = module.configure(dict(TINY, a="a", b="b", objective="final", shift=0))
         trainer = module.Trainer(config, 2, CPU)
         trainer.nets["d_b"]["paired"].load_state_dict(judge.state_dict())
         for _ in range(2):

@@ -144,7 +144,7 @@ def main(argv=None):
         if not scenes.exists():
             drawings.draw_set(scenes, textured=True)
         a, b = scenes / "trainA", scenes / "trainB"
-        given = dict(a=str(a), b=str(b), shift=0.0, power=1.0, out=run, save_every=100)
+        given = dict(a=str(a), b=str(b), objective="final", shift=0.0, out=run, save_every=100)
         aggan.run_train(resume=True, small=True, **given)
         strip(grid(run, STEPS[-1])).save(Path(folder, "textured.png"))
     except (aggan.BadInput, OSError) as error:
