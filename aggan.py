@@ -1371,7 +1371,7 @@ class Report:
         for name, value in means.items() if self.board else ():
             with contextlib.suppress(OSError):  # a full disk
                 self.board.add_scalar(name, value, trainer.done)
-        if trainer.config.model not in UNFUSED and trainer.done >= max(100, trainer.total / 10):
+        if trainer.config.model not in UNFUSED and trainer.done >= max(100, trainer.total / 4):
             for way, pool in (("ab", trainer.pool_b), ("ba", trainer.pool_a)):
                 self.warn_of_masks(way, pool, means)
 

@@ -1247,17 +1247,17 @@ def test_what_masks_do_wrong_is_said_once(folders, capsys):
     }
     for words, (masks, mean, e, c, changes) in cases.items():
         trainer = aggan.Trainer(tiny(folders, **changes), 1000, CPU)
-        trainer.counts, trainer.done = {"a": 5, "b": 3}, 90
+        trainer.counts, trainer.done = {"a": 5, "b": 3}, 240
         trainer.curriculum.e.fill_(e)
         trainer.curriculum.c.fill_(c)
         trainer.pool_a.items = trainer.pool_b.items = [(mask, mask) for mask in masks]
         report = aggan.Report(trainer)
-        for _ in range(20):  # silent before a tenth of the run
+        for _ in range(20):  # silent before a quarter of the run
             trainer.done += 1
             figures = {"copy": c, "attention_ab": mean, "attention_ba": mean}
             report.log(figures, 1.0)
             error = capsys.readouterr().err
-            assert error.count("\n") == (2 if words and trainer.done == 100 else 0), error
+            assert error.count("\n") == (2 if words and trainer.done == 250 else 0), error
             assert all(f"g_{way}" in error and words in error for way in ("ab", "ba")) or not error
         aggan.WARNED.clear()
 
