@@ -21,7 +21,7 @@ is `g_ba`; D judges images of B; the numbers are this file's own):
  (10) objective   r (l_cycle L_cycle + l_pixel L_pixel + l_identity L_identity)
                   + (1 - r) (l_gan L_GAN + l_paired L_AGAN + l_tv L_tv)
                   G's; D's terms are unweighted; without a curriculum both factors are 1
- (11) r           0.5 t min(1, (1 - e / c) / 0.65), at least 0.01; t in [0, 1]: the run's progress;
+ (11) r           0.5 t min(1, (1 - e / c) / 0.65), at least 0.05 (drawings: 0.01), t: progress;
                   e and c are running means of (D(G(x)) - 1)^2 and (D(x) - 1)^2, so that e / c = 1
                   where G copies its input; not in the papers, whose r is a step, 0.01 to 0.5
  (12) any size    y = x + up(G(s) - s), s: x at the scale of the training; not in the papers
@@ -372,8 +372,7 @@ class AttentionGuidedDiscriminator(nn.Module):
 def moved(x: Tensor, shift=()) -> Tensor:
     """x (B, C, H, W), moved by shift (2,), pixels down and right; what is missing is mirrored.
 
-    D sees all so, in another way each step (Zhao et al. 2020), or masks seek the edges; farther and
-    farther, from 1/4 of --shift to all of it in 150 epochs, or masks grow as D learns each image.
+    D sees all so (Zhao et al. 2020), farther in later epochs: or masks seek the edges, and grow.
     """
     for dim, by in zip((2, 3), shift):
         last = x.shape[dim] - 1
@@ -493,24 +492,25 @@ class AdaptiveCurriculum(nn.Module):
     """Eq. (11): r of both directions, a ramp over the run, held back as far as a direction copies.
 
         e, c  <-  running means of L_GAN for G(x) and for x, over about 2 % of the run
-        r      =  ramp * (1 - e / c) / (1 - trust), between 0.01 and the ramp
+        r      =  ramp * (1 - e / c) / (1 - trust), between the lowest r and the ramp
 
     Where G copies, e / c is 1; the better G(x) fools D, the smaller it is. Up to e / c = trust, r
     is the ramp's, and masks shrink to what has to change. Where they shrink too far, D sees
     through G(x), and r falls. All of it stays on the device: no step waits for it.
     """
 
-    def __init__(self, steps, highest=0.5, trust=0.35):
+    def __init__(self, steps, highest=0.5, trust=0.35, lowest=0.01):
         super().__init__()
-        self.steps, self.highest, self.trust = steps, highest, trust
+        self.steps, self.trust = steps, trust
+        self.highest, self.lowest = highest, min(lowest, highest)
         self.register_buffer("e", torch.ones(2))  # of A -> B, of B -> A
         self.register_buffer("c", torch.ones(2))
 
     def forward(self, step: int) -> Tensor:
         """r of the step, the first of which is 0: (2,)."""
-        ramp = max(0.01, self.highest * step / self.steps)
+        ramp = max(self.lowest, self.highest * step / self.steps)
         fooled = 1 - self.e / self.c.clamp(min=1e-6)
-        return (ramp * fooled / (1 - self.trust)).clamp(0.01, ramp)
+        return (ramp * fooled / (1 - self.trust)).clamp(self.lowest, ramp)
 
     @torch.no_grad()
     def update(self, step: int, e: Tensor, c: Tensor):
@@ -521,10 +521,7 @@ class AdaptiveCurriculum(nn.Module):
 
 
 def scheduled_r(config: "Config", progress: float) -> float:
-    """r of Eq. (10) by the clock alone; progress in [0, 1].
-
-    0.01 for 5 % of the run, then config.r ("papers": a step) or config.r * progress ("ramp").
-    """
+    """r of Eq. (10) by the clock alone, a step ("papers") or a line; progress in [0, 1]."""
     if progress < 0.05:
         return 0.01
     return config.r if config.curriculum == "papers" else max(0.01, config.r * progress)
@@ -747,6 +744,7 @@ class Config:
     shift: float = 0.5            # highest shift of what D sees, a part of the side; drawings: 0
     curriculum: str = "adaptive"  # of r: adaptive (Eq. 11), papers (a step), ramp or none
     r: float = 0.5                # its highest value: papers and ramp end there, adaptive may
+    r_low: float = 0.05           # its lowest one, if adaptive; final, released: 0.01
 
     # optimisation
     batch_size: int = 1  # pairs a step, of each process
@@ -767,8 +765,8 @@ class Config:
     tensorboard: bool = False  # curves for TensorBoard too, in the run folder
 
 
-RELEASED = dict(l_identity=5.0, l_pixel=0.0, l_tv=0.0, lr=2e-4)
-OBJECTIVES = {"own": {}, "final": dict(l_gan=0.5, l_paired=0.5), "released": RELEASED}
+RELEASED = dict(l_identity=5.0, l_pixel=0.0, l_tv=0.0, r_low=0.01, lr=2e-4)
+OBJECTIVES = {"own": {}, "final": dict(l_gan=0.5, l_paired=0.5, r_low=0.01), "released": RELEASED}
 # A further method: a class in section 3 or 7 that holds all its networks; in PRESETS, what it must
 # have whatever the objective (SMALL still wins); build_generator, Config.model, the table on top;
 # without a mask UNFUSED, check. A new loss: section 5, generator_objective, in Config a weight, 0.
@@ -912,7 +910,7 @@ class Trainer:
         adam = dict(betas=(0.5, 0.999), fused=True)
         self.opt_g = torch.optim.Adam(self.g_parameters, config.lr, **adam)
         self.opt_d = torch.optim.Adam(self.d_parameters, config.lr, **adam)
-        self.curriculum = AdaptiveCurriculum(total, config.r).to(device)
+        self.curriculum = AdaptiveCurriculum(total, config.r, lowest=config.r_low).to(device)
         self.pool_a, self.pool_b = ImagePool(config.pool), ImagePool(config.pool)
         self.changing = [net for net in self.nets.modules() if hasattr(net, "set_progress")]
         self.phase = None
@@ -1159,7 +1157,7 @@ def load_checkpoint(run) -> dict:
             raise ValueError(f"of format {state['format']}, this program's is {FORMAT}")
         if not 0 <= int(state["step"]) <= int(state["total"]):
             raise ValueError(f"step {state['step']} of {state['total']}")
-        saved = dict(shift=0.0) | state["config"]  # earlier runs had none
+        saved = dict(shift=0.0, r_low=0.01) | state["config"]  # as runs before these options
         values = (f.type(saved.get(f.name, f.default)) for f in dataclasses.fields(Config))
         state["config"] = check(Config(*values))
     except Exception as error:
