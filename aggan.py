@@ -732,10 +732,10 @@ class Config:
     switch: float = 0.3         # fraction of the run before tau; with tau, mejjati's masks freeze
 
     # objective
-    objective: str = "own"        # weights, rate: own, final (the papers') or released (their code)
+    objective: str = "own"        # weights, rate: own, final (papers; drawings) or released (code)
     gan: str = "lsgan"            # adversarial loss: lsgan or vanilla
     l_gan: float = 1.0            # weight of L_GAN, Eq. 4; final: 0.5
-    l_paired: float = 0.0         # weight of L_AGAN, Eq. 5: attention-guided discriminators
+    l_paired: float = 0.0         # weight of L_AGAN, Eq. 5; final: 0.5
     l_cycle: float = 10.0         # weight of L_cycle, Eq. 6
     l_pixel: float = 1.0          # weight of L_pixel, Eq. 7
     l_identity: float = 0.0       # weight of L_identity, Eq. 8
