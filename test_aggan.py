@@ -651,6 +651,7 @@ def test_adaptive_curriculum_is_the_loop_by_hand():
         rs = r_of(losses, steps, **settings)
         assert rs == pytest.approx(by_hand(losses, steps, **settings), rel=1e-4)
         assert max(rs) > 0.1
+    assert aggan.AdaptiveCurriculum(10, highest=0.02, lowest=0.05).lowest == 0.02
 
 
 def test_r_rises_while_translations_fool_the_discriminator():
@@ -790,8 +791,9 @@ def test_tam_adds_a_learnt_mask_to_the_trunk():
 def test_presets_are_the_papers():
     own = dict(a="x", b="y")
     final = dict(l_gan=0.5, l_paired=0.5, l_cycle=10, l_pixel=1, l_identity=0, l_tv=1e-6, lr=1e-4)
-    without = dict(final, l_gan=1, l_paired=0)
+    without = dict(final, l_gan=1, l_paired=0, r_low=0.05)
     released = dict(l_gan=1, l_paired=0, l_cycle=10, l_pixel=0, l_identity=5, l_tv=0, lr=2e-4)
+    final["r_low"] = released["r_low"] = 0.01
     adaptive = dict(curriculum="adaptive", l_copy=1, r=0.5)
     plain = dict(released, curriculum="none", l_copy=0, tau=0)
     mejjati = dict(released, l_identity=0, lr=1e-4, tau=0.1, switch=0.3, r=0.8, l_copy=1)
@@ -811,6 +813,7 @@ def test_presets_are_the_papers():
     assert not config.a and (config.size, config.steps, config.l_tv) == (64, 2000, 1e-4)
     assert config.out == "runs/mini-scheme2" and aggan.configure({"epochs": 2}).steps == 0
     assert (config.objective, config.l_gan, config.l_paired, config.shift) == ("final", 0.5, 0.5, 0)
+    assert config.r_low == 0.01
     small = aggan.configure(dict(own, objective="released", width=4), small=True)
     assert (small.size, small.width, small.out) == (64, 4, "runs/scheme2")
     assert (small.shift, small.l_tv) == (0.5, 0)  # an objective without L_tv
@@ -827,6 +830,7 @@ def test_the_step_puts_the_parts_together():
     trainer = aggan.Trainer(config, 10, CPU)
     trainer.done = 8
     r = trainer.curriculum(8)
+    assert trainer.curriculum.lowest == config.r_low == 0.01
     figures, nets, expected, fakes, copies = trainer.step(*BATCH), trainer.nets, {}, {}, {}
     for name in ("ab", "ba"):
         _, terms, t = aggan.generator_objective(*direction(nets, name), 0.5, config)
