@@ -639,10 +639,10 @@ class GuidedGenerator(nn.Module):
     def __init__(self, guide, width=64, blocks=9, norm="instance", upsample="nearest"):
         super().__init__()
         self.generator = CycleGANGenerator(width, blocks, norm, upsample)
-        self.guide = (guide,)  # in a tuple: no part of this module, saved and trained elsewhere
+        self.guide = guide.attention  # the method alone: the module is saved and trained elsewhere
 
     def forward(self, x: Tensor) -> Translation:
-        mask = self.guide[0].attention(x).detach()      # (B, 1, H, W)
+        mask = self.guide(x).detach()                   # (B, 1, H, W)
         attention = torch.cat([mask, 1 - mask], dim=1)  # (B, 2, H, W)
         image, _, content = self.generator(x * (1 + mask))
         return Translation(image, attention, content)

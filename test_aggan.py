@@ -752,8 +752,9 @@ def test_guided_generator(kind):
     name = next(name for name, cls in aggan.GUIDES.items() if cls is kind)
     config = aggan.configure(dict(TINY, model="guided", attention_map=name, a="a", b="b"))
     nets = aggan.build(config)  # guides are the source domains' discriminators
-    assert type(nets["d_a"]["gan"]) is kind and nets["g_ab"].guide[0] is nets["d_a"]["gan"]
-    assert nets["g_ba"].guide[0] is nets["d_b"]["gan"]
+    assert type(nets["d_a"]["gan"]) is kind
+    for g, d in (("g_ab", "d_a"), ("g_ba", "d_b")):  # that of the domain it translates from
+        assert nets[g].guide.__self__ is nets[d]["gan"]
 
 
 def expected_map(features):

@@ -46,8 +46,8 @@ class OneWay(nn.Module):
     def __init__(self, generator: nn.Module, shorter: int):
         super().__init__()
         self.generator, self.shorter = generator, shorter
-        guide = getattr(generator, "guide", None)  # guided's, no part of it: its weights go along
-        self.guide = guide[0] if isinstance(guide, tuple) else guide
+        # guided's discriminator is no part of its generator: its weights go along
+        self.guide = getattr(getattr(generator, "guide", None), "__self__", None)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         new, mask = any_size(self.generator, image * 2 - 1, self.shorter)
