@@ -1786,11 +1786,8 @@ def translate_image(generator: nn.Module, image: Image.Image, side: int, device)
     new, mask = to_image(t.image[0] / 2 + 0.5), to_image(t.foreground[0])
 
     if seen != colours:  # resized, or laid on white: Eq. (12)
-        bands = []
-        for n, band in enumerate(colours.split()):  # one at a time: a third of the memory
-            new = carry(to_tensor(band)[None], small[None, n : n + 1], t.image[:, n : n + 1])
-            bands.append(to_image(new[0].add_(1).div_(2)))
-        new = Image.merge("RGB", bands)
+        new = carry(to_tensor(colours)[None], small[None], t.image)
+        new = to_image(new[0].add_(1).div_(2))
         mask = mask.resize(image.size, Image.Resampling.BICUBIC)
     if transparent:
         new.putalpha(image.getchannel("A"))
