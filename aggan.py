@@ -1480,9 +1480,6 @@ def train(config: Config, resume: bool = False, typed: set | None = None) -> Pat
         saved = "saved; goes on with --resume" if trainer.done else "nothing to save"
         line += f"stopped after step {trainer.done}, {saved}"
         raise BadInput(line, 1 if stop == FAILED else 128 + int(stop))
-    for domain, useless in data.useless.items():
-        if useless:
-            warn(f"{len(useless)} images of {domain.upper()} were no use, see above")
     return Path(config.out)
 
 
