@@ -21,9 +21,9 @@ is `g_ba`; D judges images of B; the numbers are this file's own):
  (10) objective   r (l_cycle L_cycle + l_pixel L_pixel + l_identity L_identity)
                   + (1 - r) (l_gan L_GAN + l_paired L_AGAN + l_tv L_tv)
                   G's; D's terms are unweighted; without a curriculum both factors are 1
- (11) r           0.5 t min(1, (1 - e / c) / 0.65), at least 0.05 (drawings: 0.01), t: progress;
-                  e and c are running means of (D(G(x)) - 1)^2 and (D(x) - 1)^2, so that e / c = 1
-                  where G copies its input; not in the papers, whose r is a step, 0.01 to 0.5
+ (11) r           0.5 t min(1, (1 - e / c) / 0.65), at least m / 20 (drawings: or 0.01);
+                  t: progress; e, c, m: running means of (D(G(x)) - 1)^2, (D(x) - 1)^2 and m; e / c
+                  is 1 where G copies; not in the papers, whose r is a step, 0.01 to 0.5
  (12) any size    y = x + up(G(s) - s), s: x at the scale of the training; not in the papers
 
   --model   paper                                             generator           attention
@@ -492,32 +492,35 @@ class AdaptiveCurriculum(nn.Module):
     """Eq. (11): r of both directions, a ramp over the run, held back as far as a direction copies.
 
         e, c  <-  running means of L_GAN for G(x) and for x, over about 2 % of the run
-        r      =  ramp * (1 - e / c) / (1 - trust), between the lowest r and the ramp
+        m     <-  the same of the mask's mean, over 50 steps
+        r      =  ramp * min(1, (1 - e / c) / (1 - trust)), at least min(m / 20, lowest)
 
     Where G copies, e / c is 1; the better G(x) fools D, the smaller it is. Up to e / c = trust, r
     is the ramp's, and masks shrink to what has to change. Where they shrink too far, D sees
-    through G(x), and r falls. All of it stays on the device: no step waits for it.
+    through G(x), and r falls. Before the ramp has come, m / 20 holds large masks back.
     """
 
-    def __init__(self, steps, highest=0.5, trust=0.35, lowest=0.01):
+    def __init__(self, steps, highest=0.5, trust=0.35, lowest=0.05):
         super().__init__()
         self.steps, self.trust = steps, trust
         self.highest, self.lowest = highest, min(lowest, highest)
-        self.register_buffer("e", torch.ones(2))  # of A -> B, of B -> A
-        self.register_buffer("c", torch.ones(2))
+        for name in "ecm":
+            self.register_buffer(name, torch.ones(2))  # of A -> B, of B -> A
 
     def forward(self, step: int) -> Tensor:
         """r of the step, the first of which is 0: (2,)."""
-        ramp = max(self.lowest, self.highest * step / self.steps)
+        ramp = self.highest * step / self.steps
         fooled = 1 - self.e / self.c.clamp(min=1e-6)
-        return (ramp * fooled / (1 - self.trust)).clamp(self.lowest, ramp)
+        least = (self.m / 20).clamp(max=self.lowest)
+        return torch.maximum((ramp * fooled / (1 - self.trust)).clamp(max=ramp), least)
 
     @torch.no_grad()
-    def update(self, step: int, e: Tensor, c: Tensor):
-        """Takes in L_GAN for G(x) and for x of the step, (2,) each."""
+    def update(self, step: int, e: Tensor, c: Tensor, m: Tensor):
+        """Takes in L_GAN for G(x) and for x, and the mask's mean, of the step: (2,) each."""
         share = 1 / min(step + 1, max(1, 0.02 * self.steps))  # at first the mean of all steps
         self.e.lerp_(e, share)
         self.c.lerp_(c, share)
+        self.m.lerp_(m, 1 / min(step + 1, 50))
 
 
 def scheduled_r(config: "Config", progress: float) -> float:
@@ -744,7 +747,7 @@ class Config:
     shift: float = 0.5            # highest shift of what D sees, a part of the side; drawings: 0
     curriculum: str = "adaptive"  # of r: adaptive (Eq. 11), papers (a step), ramp or none
     r: float = 0.5                # its highest value: papers and ramp end there, adaptive may
-    r_low: float = 0.05           # its lowest one, if adaptive; final, released: 0.01
+    r_low: float = 0.05           # its lowest one, large masks'; final, released: 0.01
 
     # optimisation
     batch_size: int = 1  # pairs a step, of each process
@@ -954,11 +957,11 @@ class Trainer:
         self.update(self.opt_d, self.d_parameters)
         self.scaler.update()
 
-        # e and c of Eq. (11), for r or warnings; a copy of an A is judged as a B
+        # e, c and m of Eq. (11), for r or warnings; a copy of an A is judged as a B
         if "copy" in a:
             judge = "gan" if self.config.l_gan else "paired"
-            e, c = torch.stack([ab[judge], ba[judge]]), torch.stack([b["copy"], a["copy"]])
-            self.curriculum.update(self.done, *average(torch.stack([e, c])))
+            ecm = [ab[judge], ba[judge]], [b["copy"], a["copy"]], [mask_a.mean(), mask_b.mean()]
+            self.curriculum.update(self.done, *average(torch.stack([*map(torch.stack, ecm)])))
         self.done += 1
 
         figures = {name: ab[name] + ba[name] for name in ab}
@@ -1160,6 +1163,7 @@ def load_checkpoint(run) -> dict:
         saved = dict(shift=0.0, r_low=0.01) | state["config"]  # as runs before these options
         values = (f.type(saved.get(f.name, f.default)) for f in dataclasses.fields(Config))
         state["config"] = check(Config(*values))
+        state["parts"]["curriculum"].setdefault("m", torch.ones(2))
     except Exception as error:
         raise unusable(path, error) from None
     return state
@@ -1380,10 +1384,12 @@ class Report:
         """
         curriculum, n = self.trainer.curriculum, ("ab", "ba").index(way)
         e, c = curriculum.e[n].item(), curriculum.c[n].item()  # of Eq. (11)
-        known, see = "copy" in means, "see README.md, The log, and when it goes wrong"
-        if known and self.trainer.config.gan == "lsgan" and c < 0.45:  # 4/9: D says 1/3 of all
+        see = "see README.md, The log, and when it goes wrong"
+        known, kind = "copy" in means, self.trainer.config.gan
+        copies = known and e > 0.9 * c
+        if known and kind == "lsgan" and c < (0.6 if copies else 0.45):  # 4/9: D says 1/3 of all
             warn(f"g_{way}: the discriminator hardly tells A from B, nor where they differ; {see}")
-        elif known and e > 0.9 * c:
+        elif copies:
             warn(f"g_{way} copies its input, or nearly; {see}")
         elif means[f"attention_{way}"] > 0.97:
             warn(f"g_{way} repaints everything, or nearly; {see}")

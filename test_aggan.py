@@ -622,36 +622,49 @@ def test_masks_learn_from_the_paired_discriminator():
     assert nets["g_ab"].attention_decoder[-1].weight.grad.abs().max() > 0
 
 
-def by_hand(losses, steps, highest=0.5, trust=0.35, lowest=0.01):
+def by_hand(losses, steps, masks, highest=0.5, trust=0.35, lowest=0.05):
     """Eq. (11) with plain numbers: r of each step, and of the one after."""
-    e, c, rs = 1.0, 1.0, [lowest]
+    e, c, m, rs = 1.0, 1.0, 1.0, [min(lowest, highest)]
     for step, (new_e, new_c) in enumerate(losses):
         share = 1 / min(step + 1, max(1, 0.02 * steps))
         e, c = e + share * (new_e - e), c + share * (new_c - c)
-        ramp = max(lowest, highest * (step + 1) / steps)
-        rs.append(min(max(ramp * (1 - e / c) / (1 - trust), lowest), ramp))
+        m += (masks[step] - m) / min(step + 1, 50)
+        ramp = highest * (step + 1) / steps
+        r = ramp * min(1, (1 - e / c) / (1 - trust))
+        rs.append(max(r, min(m / 20, lowest, highest)))
     return rs
 
 
-def r_of(losses, steps, **settings):
-    """The same from the class, which has both directions: B -> A copies all along."""
+def r_of(losses, steps, masks=None, **settings):
+    """The same from the class, which has both directions: B -> A copies all along, its masks 0."""
     curriculum, rs = aggan.AdaptiveCurriculum(steps, **settings), []
     for step, (e, c) in enumerate([*losses, (1, 1)]):
         r = curriculum(step)
-        assert r[1].item() == pytest.approx(settings.get("lowest", 0.01))
+        assert step == 0 or r[1].item() == 0
         rs.append(r[0].item())
-        curriculum.update(step, torch.tensor([e, 1.0]), torch.tensor([c, 1.0]))
+        m = masks[step] if masks and step < len(masks) else 0.0
+        curriculum.update(step, *torch.tensor([[e, 1.0], [c, 1.0], [m, 0.0]]))
     return rs
 
 
 def test_adaptive_curriculum_is_the_loop_by_hand():
     random.seed(0)
-    for steps, settings in ((300, {}), (40, dict(highest=0.3, trust=0.6, lowest=0.05))):
+    others = dict(highest=0.3, trust=0.6, lowest=0.01), dict(highest=0.02)
+    for steps, settings in ((300, {}), *((40, other) for other in others)):
         losses = [(random.uniform(0.2, 1.0), random.uniform(0.8, 1.2)) for _ in range(steps)]
-        rs = r_of(losses, steps, **settings)
-        assert rs == pytest.approx(by_hand(losses, steps, **settings), rel=1e-4)
-        assert max(rs) > 0.1
-    assert aggan.AdaptiveCurriculum(10, highest=0.02, lowest=0.05).lowest == 0.02
+        masks = [random.uniform(0.3, 1.0) for _ in range(steps)]
+        rs = r_of(losses, steps, masks, **settings)
+        assert rs == pytest.approx(by_hand(losses, steps, masks, **settings), rel=1e-4)
+        assert max(rs) > 0.1 or max(rs) == pytest.approx(0.02)
+    assert aggan.AdaptiveCurriculum(10, lowest=0.01)(1)[0].item() == pytest.approx(0.01)
+
+
+def test_a_full_mask_is_held_back_and_a_small_one_is_not():
+    """... where the ramp has not come yet, or G copies: r of at least m / 20."""
+    curriculum = aggan.AdaptiveCurriculum(10_000)
+    for step in range(1000):
+        curriculum.update(step, *torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.9, 0.04]]))
+    torch.testing.assert_close(curriculum(1000), torch.tensor([0.045, 0.002]))
 
 
 def test_r_rises_while_translations_fool_the_discriminator():
@@ -659,8 +672,8 @@ def test_r_rises_while_translations_fool_the_discriminator():
     fooled, seen_through = [(0.3, 1.0)] * 500, [(1.0, 1.0)] * 500
     rs = r_of(fooled + seen_through + fooled, 1500)
     assert rs[500] == pytest.approx(0.5 / 3, rel=1e-3)  # the ramp at a third of the run
-    assert rs[:500] == sorted(rs[:500]) and rs[510] < rs[500] and rs[600] < 0.06
-    assert rs[1000] == pytest.approx(0.01) and rs[-1] == pytest.approx(0.5)  # and it comes back
+    assert rs[1:500] == sorted(rs[1:500]) and rs[510] < rs[500] and rs[600] < 0.06
+    assert rs[1000] < 1e-3 and rs[-1] == pytest.approx(0.5)  # and it comes back
     half = [(0.675, 1.0)] * 500  # half-way between 0.35 and a copy
     assert r_of(half, 500)[-1] == pytest.approx(0.25, rel=1e-3)
     waves = ([(0.5 + 0.4 * math.sin(6 * i / n), 1.0) for i in range(n)] for n in (500, 5000))
@@ -832,6 +845,7 @@ def test_the_step_puts_the_parts_together():
     trainer.done = 8
     r = trainer.curriculum(8)
     assert trainer.curriculum.lowest == config.r_low == 0.01
+    assert trainer.curriculum.m.tolist() == [1, 1]
     figures, nets, expected, fakes, copies = trainer.step(*BATCH), trainer.nets, {}, {}, {}
     for name in ("ab", "ba"):
         _, terms, t = aggan.generator_objective(*direction(nets, name), 0.5, config)
@@ -850,6 +864,8 @@ def test_the_step_puts_the_parts_together():
         torch.testing.assert_close(figures[name], value)
     # of 10 steps 2 % are less than one: no running mean yet
     torch.testing.assert_close(trainer.curriculum.c, torch.stack([copies["b"], copies["a"]]))
+    m = torch.stack([figures["attention_ab"], figures["attention_ba"]])
+    torch.testing.assert_close(trainer.curriculum.m, (8 + m) / 9)
     rates = [aggan.learning_rate(FINAL, progress) for progress in (0, 0.5, 0.75, 1)]
     assert rates == pytest.approx([1e-4, 1e-4, 5e-5, 0])
 
@@ -1249,6 +1265,7 @@ def test_what_masks_do_wrong_is_said_once(folders, capsys):
         "copies its input": (spots, 0.02, 0.93, 0.95, {}),
         "repaints everything": (spots, 0.98, 0.4, 0.95, {}),
         "hardly tells A from B": (spots, 0.3, 0.25, 0.3, {}),
+        "hardly tells A from B, nor": (spots, 0.02, 0.48, 0.49, {}),  # so it copies
     }
     for words, (masks, mean, e, c, changes) in cases.items():
         trainer = aggan.Trainer(tiny(folders, **changes), 1000, CPU)
@@ -1619,6 +1636,7 @@ def test_bad_checkpoints_get_one_line(folders, capsys):
 
     file.write_bytes(whole)  # from before some options were there, with an old one
     state = change("config", "compile", value=True)
+    state["parts"]["curriculum"].pop("m")
     for name, then in dict(l_copy=1.0, shift=0.0, r_low=0.01).items():
         assert state["config"].pop(name) == getattr(aggan.Config, name)
         torch.save(state, file)
