@@ -21,7 +21,7 @@ is `g_ba`; D judges images of B; the numbers are this file's own):
  (10) objective   r (l_cycle L_cycle + l_pixel L_pixel + l_identity L_identity)
                   + (1 - r) (l_gan L_GAN + l_paired L_AGAN + l_tv L_tv)
                   G's; D's terms are unweighted; without a curriculum both factors are 1
- (11) r           0.5 t min(1, (1 - e / c) / 0.65), at least m / 20 (drawings: or 0.01);
+ (11) r           0.5 t min(1, (1 - e / c) / 0.65), at least min(m / 20, r_low);
                   t: progress; e, c, m: running means of (D(G(x)) - 1)^2, (D(x) - 1)^2 and m; e / c
                   is 1 where G copies; not in the papers, whose r is a step, 0.01 to 0.5
  (12) any size    y = x + up(G(s) - s), s: x at the scale of the training; not in the papers
@@ -747,7 +747,7 @@ class Config:
     shift: float = 0.5            # highest shift of what D sees, a part of the side; drawings: 0
     curriculum: str = "adaptive"  # of r: adaptive (Eq. 11), papers (a step), ramp or none
     r: float = 0.5                # its highest value: papers and ramp end there, adaptive may
-    r_low: float = 0.05           # its lowest one, large masks'; final, released: 0.01
+    r_low: float = 0.05           # most of its floor, m / 20; final, released: 0.01
 
     # optimisation
     batch_size: int = 1  # pairs a step, of each process
@@ -2001,7 +2001,7 @@ def make_parser() -> Parser:
     sub.epilog += f"with --objective released: {released}"
     add_config_options(sub)
     sub.add_argument("--resume", action="store_true", help="go on from the checkpoint, if any")
-    sub.add_argument("--small", action="store_true", default=None, help="the drawings' settings")
+    sub.add_argument("--small", action="store_true", default=None, help="the drawings' sizes, rate")
 
     translate = commands.add_parser("translate", help="apply a trained run to images of any size")
     evaluate = commands.add_parser("evaluate", help="measure a run, against true masks if any")

@@ -1,6 +1,6 @@
 """Times the training step: python data/bench.py [options of train] [--small] [--json FILE]
 
-`Trainer.step` runs as it is, on random images, with full settings or (--small) the drawings'.
+`Trainer.step` runs as it is, on random images, with `final`, full sizes or (--small) the drawings'.
 Columns: in eager float32; in --precision; on CUDA as a graph, and with --compile, for comparison,
 with networks that torch.compile made (which takes minutes). Rows:
 
@@ -87,7 +87,7 @@ def bench(config, device, compiled=False, rounds=5):
 def main(argv=None):
     parser = aggan.Parser(description=__doc__.splitlines()[0])
     aggan.add_config_options(parser)
-    parser.add_argument("--small", action="store_true", help="the settings of the drawings")
+    parser.add_argument("--small", action="store_true", help="the sizes of the drawings")
     parser.add_argument("--compile", action="store_true", help="a compiled column too")
     parser.add_argument("--json", default="", help="file for the figures, too")
     given = vars(parser.parse_args(argv))

@@ -27,7 +27,7 @@ import aggan  # noqa: E402
 CHARTS = {  # a chart for columns that are read together
     "Masks and r": ("attention_ab attention_ba", "r_ab r_ba"),
     "Adversarial": ("gan copy", "d_gan d_copy", "paired d_paired"),
-    "Keeping": ("cycle", "pixel", "identity", "idle", "tv"),
+    "Keeping": ("cycle", "pixel", "identity", "tv"),
 }
 COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 STYLES = "-", "--", ":", "-."
