@@ -1947,10 +1947,10 @@ def test_training_goes_on_without_useless_images(folders, capsys):
     names = useless_images(folders / "trainA")
     aggan.main(["train", *options(folders, workers=2, steps=15)])
     output = capsys.readouterr()
-    *lines, last = output.err.splitlines()
+    lines = output.err.splitlines()
     assert len(lines) == len(names) and all("not a usable image" in line for line in lines)
     assert all(sum(f"trainA/{name}: " in line for line in lines) == 1 for name in names)
-    assert f"{len(names)} images of A were no use" in last and "step 15/15" in output.out
+    assert "step 15/15" in output.out
 
     places = folders / "trainA", folders / "trainB", 32, 36
     first, second = (aggan.UnpairedImages(*places) for _ in "12")
