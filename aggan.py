@@ -1555,25 +1555,23 @@ def list_images(folder, left_out: list | None = None) -> list[Path]:
     if not Path(folder).is_dir():
         why = "is a file; name its folder" if Path(folder).is_file() else "no such file or folder"
         raise BadInput(f"{folder}: {why}")
-    images, others, seen, errors, kinds = [], defaultdict(list), set(), [], read_formats()
+    found, seen, errors, kinds = defaultdict(list), set(), [], read_formats()  # by why left out
     for here, subfolders, names in os.walk(folder, onerror=errors.append, followlinks=True):
         if os.path.realpath(here) in seen:  # links may go round in circles
-            others["linked once more"].append(here)
+            found["linked once more"].append(here)
             subfolders.clear()
             continue
         seen.add(os.path.realpath(here))
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for path in (Path(here, name) for name in names if not name.startswith(".")):
-            kind, dead = path.suffix.lower(), not os.path.exists(path)
-            why = "a dead link" if dead else f"{kind or 'no suffix'}: not read, convert it"
-            if kind in kinds and not dead:
-                images.append(path)
-            else:
-                others[why].append(path)
+            kind = path.suffix.lower()
+            why = "" if kind in kinds else f"{kind or 'no suffix'}: not read, convert it"
+            found[why if os.path.exists(path) else "a dead link"].append(path)
     for error in errors:
-        others[error.strerror].append(error.filename)
+        found[error.strerror].append(error.filename)
 
-    line = ", ".join(f"{paths[0]} ({why}; {len(paths)} of these)" for why, paths in others.items())
+    images = found.pop("", [])
+    line = ", ".join(f"{paths[0]} ({why}; {len(paths)} of these)" for why, paths in found.items())
     if not images:
         raise BadInput(f"{folder}: no images in this folder" + (f", only {line}" if line else ""))
     if line:
