@@ -1600,12 +1600,11 @@ def open_image(path) -> Image.Image:
         data = io.BytesIO(without_notes(Path(path).read_bytes()))
         with Image.open(data, formats=list(read_formats().values())) as image:
             image.load()
-            kind, upright = image.format, image
             with contextlib.suppress(Exception):  # a broken orientation
-                upright = ImageOps.exif_transpose(image)
-        if upright.mode == "F" or upright.mode == "I" and kind not in ("PNG", "PPM"):
-            raise ValueError(f"pixels of mode {upright.mode}: save it with 8 or 16 bits")
-        return upright.convert("I") if upright.mode.startswith("I;16") else upright
+                ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+            raise ValueError(f"pixels of mode {image.mode}: save it with 8 or 16 bits")
+        return image.convert("I") if image.mode.startswith("I;16") else image
     except Exception as error:
         lasting = isinstance(error, (PermissionError, FileNotFoundError, IsADirectoryError))
         if isinstance(error, MemoryError) or getattr(error, "errno", None) and not lasting:
