@@ -356,10 +356,7 @@ HEADS = {"patch": PatchDiscriminator, "pooled": PooledDiscriminator}
 
 
 class AttentionGuidedDiscriminator(nn.Module):
-    """Eq. (5): judges an image and a foreground mask together; shapes as of its head.
-
-    Beside a real image stands the mask of the fake that it is compared with.
-    """
+    """Eq. (5): judges an image and a foreground mask together; shapes as of its head."""
 
     def __init__(self, width=64, norm="instance", head="patch"):
         super().__init__()
@@ -787,7 +784,7 @@ SMALL |= dict(log_every=50, save_every=400)
 SMALL_TV = 1e-4                   # at 64 px; with as much at 128 masks go to 1, and stay; by trial
 DRAWINGS = dict(objective="final", shift=0.0)  # flat as they are, with a shift D wins
 UNFUSED = ("cyclegan", "guided")  # models without a mask of their own that could collapse
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHOICES = dict(model=PRESETS, objective=OBJECTIVES, norm=NORMS, head=HEADS, attention_map=GUIDES)
 CHOICES |= dict(upsample=("nearest", "transposed"), gan=("lsgan", "vanilla"))
 CHOICES |= dict(curriculum=("adaptive", "papers", "ramp", "none"), precision=("auto", *PRECISIONS))
@@ -851,14 +848,14 @@ def check(c: Config) -> Config:
     return c
 
 
-def build_generator(c: Config, guide) -> nn.Module:
-    """The generator of --model; guide: for guided, the discriminator of its input's domain."""
+def build_generator(c: Config, own: nn.ModuleDict) -> nn.Module:
+    """The generator of --model; own: the discriminators of its input's domain, for guided."""
     generator, more = {
         "scheme1": (SchemeOneGenerator, {}),
         "scheme2": (SchemeTwoGenerator, {"masks": c.masks}),
         "cyclegan": (CycleGANGenerator, {}),
         "mejjati": (GatedGenerator, {"switch": c.switch if c.tau else 1.0}),
-        "guided": (GuidedGenerator, {"guide": guide}),
+        "guided": (GuidedGenerator, {"guide": own["gan"] if c.l_gan else None}),
     }[c.model]
     return generator(width=c.width, blocks=c.blocks, norm=c.norm, upsample=c.upsample, **more)
 
@@ -866,12 +863,11 @@ def build_generator(c: Config, guide) -> nn.Module:
 def build_discriminators(c: Config) -> nn.ModuleDict:
     """Those of one domain: "gan" judges images, Eq. (4), "paired" masks and images, Eq. (5)."""
     discriminators = nn.ModuleDict()
-    if c.l_gan and c.model == "guided":
-        discriminators["gan"] = GUIDES[c.attention_map](3, c.width, c.norm)
-    elif c.l_gan and c.tau:
+    judge = GUIDES[c.attention_map] if c.model == "guided" else HEADS[c.head]
+    if c.l_gan and c.tau:
         discriminators["gan"] = MaskedDiscriminator(c.width, c.norm, c.head, c.tau, c.switch)
     elif c.l_gan:
-        discriminators["gan"] = HEADS[c.head](3, c.width, c.norm)
+        discriminators["gan"] = judge(3, c.width, c.norm)
     if c.l_paired:
         discriminators["paired"] = AttentionGuidedDiscriminator(c.width, c.norm, c.head)
     return discriminators
@@ -880,8 +876,7 @@ def build_discriminators(c: Config) -> nn.ModuleDict:
 def build(config: Config) -> nn.ModuleDict:
     """All networks: g_ab, g_ba, and the discriminators of images of A and of B, d_a and d_b."""
     d_a, d_b = build_discriminators(config), build_discriminators(config)
-    guide_a, guide_b = (d["gan"] if config.l_gan else None for d in (d_a, d_b))
-    g_ab, g_ba = build_generator(config, guide_a), build_generator(config, guide_b)
+    g_ab, g_ba = build_generator(config, d_a), build_generator(config, d_b)
     nets = nn.ModuleDict({"g_ab": g_ab, "g_ba": g_ba, "d_a": d_a, "d_b": d_b})
     init_weights(nets)
     return nets
