@@ -1083,16 +1083,15 @@ class Recorded:
         return self.outputs
 
     def record(self, inputs):
-        self.inputs = [x.clone() for x in inputs]
+        inputs = [x.clone() for x in inputs]
         gc.collect()  # memory that is freed in the middle would spoil it
         try:
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             # thread_local: loaders pin memory meanwhile
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self.outputs = self.function(*self.inputs)
-            self.graph = graph
+                outputs = self.function(*inputs)
+            self.graph, self.inputs, self.outputs = graph, inputs, outputs
         except Exception as error:  # CUDA's, the allocator's, a library's
-            self.inputs, self.outputs = None, None
             warn(f"no CUDA graph, going on without: {brief(error)}")
 
 
