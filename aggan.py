@@ -104,10 +104,9 @@ def fuse(x: Tensor, attention: Tensor, content: Tensor) -> Tensor:
     x (B, 3, H, W), attention (B, n, H, W), content (B, n-1, 3, H, W) -> (B, 3, H, W).
     ValueError unless there is one mask more than there are contents.
     """
-    if attention.shape[1] != content.shape[1] + 1:
-        raise ValueError(
-            f"{attention.shape[1]} masks need one content fewer, not {content.shape[1]}"
-        )
+    masks, contents = attention.shape[1], content.shape[1]
+    if masks != contents + 1:
+        raise ValueError(f"{masks} masks need one content fewer, not {contents}")
 
     foreground = attention[:, :-1, None]                   # (B, n-1, 1, H, W)
     background = attention[:, -1:]                         # (B, 1, H, W)
@@ -216,10 +215,7 @@ def check_sides(x: Tensor):
 
 
 class Decoder(nn.Sequential):
-    """u128 u64 c7s1-k, the last without norm and activation.
-
-    (B, 4*width, H/4, W/4) -> (B, out_channels, H, W).
-    """
+    """u128 u64 c7s1-k, k without norm and ReLU: (B, 4*width, H/4, W/4) -> (B, k, H, W)."""
 
     def __init__(self, out_channels, width=64, norm="instance", upsample="nearest"):
         super().__init__(
@@ -411,10 +407,7 @@ def identity_loss(same: Tensor, real: Tensor) -> Tensor:
 
 
 def total_variation_loss(mask: Tensor) -> Tensor:
-    """Eq. (9), Tang 2019: steps between neighbours, summed over n, H, W, mean over B.
-
-    (B, n, H, W) -> a scalar.
-    """
+    """Eq. (9), Tang 2019: sum of steps between neighbours, mean over B. (B, n, H, W) -> scalar."""
     down = (mask[:, :, 1:] - mask[:, :, :-1]).abs().sum()
     across = (mask[..., 1:] - mask[..., :-1]).abs().sum()
     return (down + across) / mask.shape[0]
@@ -548,8 +541,7 @@ class ImagePool:
                 i = int(torch.randint(self.size, ()))
                 pair, self.items[i] = self.items[i], pair
             chosen.append(pair)
-        images, masks = zip(*chosen)
-        return torch.stack(images), torch.stack(masks)
+        return tuple(torch.stack(part) for part in zip(*chosen))
 
 
 # ---------- 7. The neighbours ----------
@@ -787,7 +779,7 @@ UNFUSED = ("cyclegan", "guided")  # models without a mask of their own that coul
 PRECISIONS = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHOICES = dict(model=PRESETS, objective=OBJECTIVES, norm=NORMS, head=HEADS, attention_map=GUIDES)
 CHOICES |= dict(upsample=("nearest", "transposed"), gan=("lsgan", "vanilla"))
-CHOICES |= dict(curriculum=("adaptive", "papers", "ramp", "none"), precision=("auto", *PRECISIONS))
+CHOICES |= dict(curriculum=("adaptive", "papers", "ramp", "none"), precision=PRECISIONS)
 # what --resume may change: folders, length, rate, machine
 FREE = {"a", "b", "epochs", "steps", "lr", "init", "out", "device", "precision", "workers", "graph"}
 FREE |= {"log_every", "save_every", "tensorboard"}
@@ -1110,11 +1102,9 @@ def learning_rate(config: Config, progress: float) -> float:
 
 def pick_precision(config: Config, device: torch.device) -> torch.dtype | None:
     """Of convolutions; None: float32. auto: on CUDA bf16, or fp16 where the GPU has no bf16."""
-    if config.precision != "auto":
-        return PRECISIONS[config.precision]
-    if device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    if config.precision == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    return PRECISIONS[config.precision]
 
 
 # ---------- 10. The run ----------
@@ -1369,10 +1359,10 @@ class Report:
                 self.board.add_scalar(name, value, trainer.done)
         if trainer.config.model not in UNFUSED and trainer.done >= max(100, trainer.total / 4):
             for way, pool in (("ab", trainer.pool_b), ("ba", trainer.pool_a)):
-                self.warn_of_masks(way, pool, means)
+                self.warn_of_masks(way, [mask for _, mask in pool.items], means)
 
-    def warn_of_masks(self, way: str, pool: ImagePool, means: dict[str, float]):
-        """Says once what a direction's masks do wrong; pool: its translations, each with its mask.
+    def warn_of_masks(self, way: str, masks: list[Tensor], means: dict[str, float]):
+        """Says once what a direction's masks do wrong; masks: those of its last translations.
 
         A small mean says nothing: what has to change may be small.
         """
@@ -1387,9 +1377,8 @@ class Report:
             warn(f"g_{way} copies its input, or nearly; {see}")
         elif means[f"attention_{way}"] > 0.97:
             warn(f"g_{way} repaints everything, or nearly; {see}")
-        elif len(pool.items) >= 25:
-            if mask_variety(torch.stack([mask for _, mask in pool.items])) < 0.2:
-                warn(f"g_{way}: its masks are much the same for all images; {see}")
+        elif len(masks) >= 25 and mask_variety(torch.stack(masks)) < 0.2:
+            warn(f"g_{way}: its masks are much the same for all images; {see}")
 
 
 def panels(generator: nn.Module, x: Tensor) -> Tensor:
@@ -1769,9 +1758,8 @@ def translate_image(generator: nn.Module, image: Image.Image, side: int, device)
 
     side: of the image as the generator sees it, the shorter one; 0: as it is.
     """
-    transparent = image.mode == "RGBA"
-    colours = image.convert("RGB") if transparent else image
-    seen = on_white(image) if transparent else colours
+    colours = image.convert("RGB")
+    seen = on_white(image) if image.mode == "RGBA" else colours
     if side:  # at most 16 times as long, but no thinner than a pixel
         longest = max(16 * side, math.ceil(max(image.size) / min(image.size)))
         seen = TF.resize(seen, side, TF.InterpolationMode.BICUBIC, max_size=longest)
@@ -1783,7 +1771,7 @@ def translate_image(generator: nn.Module, image: Image.Image, side: int, device)
         new = carry(to_tensor(colours)[None], small[None], t.image)
         new = to_image(new[0].add_(1).div_(2))
         mask = mask.resize(image.size, Image.Resampling.BICUBIC)
-    if transparent:
+    if image.mode == "RGBA":
         new.putalpha(image.getchannel("A"))
     return new, mask
 
@@ -1972,9 +1960,8 @@ def add_config_options(parser):
         elif option := re.fullmatch(r"    (\w+): \w+ = (\S+) +# (.*)", line):
             name, default, text = option.groups()
             kind = Config.__annotations__[name]
-            settings = dict(type=kind, choices=CHOICES.get(name), metavar=kind.__name__.upper())
-            if kind is str:  # a shell leaves --out=~/x as it is
-                settings["type"] = os.path.expanduser
+            parse = os.path.expanduser if kind is str else kind  # a shell leaves --out=~/x
+            settings = dict(type=parse, choices=CHOICES.get(name), metavar=kind.__name__.upper())
             if kind is bool:
                 settings = dict(action=argparse.BooleanOptionalAction)
             text = f"{text} [{default}]".replace("%", "%%")
