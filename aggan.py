@@ -1976,7 +1976,7 @@ def make_parser() -> Parser:
     sets = SMALL, OBJECTIVES["released"]
     small, released = (" ".join(f"{flag(k)} {v}" for k, v in brought.items()) for brought in sets)
     sub.epilog = f"[defaults]: scheme2's; on the drawings, and with --small: {small}; "
-    sub.epilog += f"with --objective released: {released}"
+    sub.epilog += f"with --objective released: {released} (--lr: without --small)"
     add_config_options(sub)
     sub.add_argument("--resume", action="store_true", help="go on from the checkpoint, if any")
     sub.add_argument("--small", action="store_true", default=None, help="the drawings' sizes, rate")
