@@ -1889,6 +1889,7 @@ def chunk(name, data):
     return len(data).to_bytes(4, "big") + name + data + check
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # PIL's
 def test_notes_do_not_spoil_a_picture(tmp_path, capsys):
     """Texts of a PNG, huge or broken, and broken EXIF data; nothing is said of them."""
     image, path = halves("RGB", (250, 0, 0), (0, 0, 250)), tmp_path / "0.png"
