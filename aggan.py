@@ -21,7 +21,7 @@ is `g_ba`; D judges images of B; the numbers are this file's own):
  (10) objective   r (l_cycle L_cycle + l_pixel L_pixel + l_identity L_identity)
                   + (1 - r) (l_gan L_GAN + l_paired L_AGAN + l_tv L_tv)
                   G's; D's terms are unweighted; without a curriculum both factors are 1
- (11) r           0.5 t min(1, (1 - e / c) / 0.65), at least min(m / 20, r_low);
+ (11) r           0.5 t min(1, (1 - e / c) / 0.65), at least min(m^2, r_low);
                   t: progress; e, c, m: running means of (D(G(x)) - 1)^2, (D(x) - 1)^2 and m; e / c
                   is 1 where G copies; not in the papers, whose r is a step, 0.01 to 0.5
  (12) any size    y = x + up(G(s) - s), s: x at the scale of the training; not in the papers
@@ -482,12 +482,12 @@ class AdaptiveCurriculum(nn.Module):
     """Eq. (11): r of both directions, a ramp over the run, held back as far as a direction copies.
 
         e, c  <-  running means of L_GAN for G(x) and for x, over about 2 % of the run
-        m     <-  the same of the mask's mean, over 50 steps
-        r      =  ramp * min(1, (1 - e / c) / (1 - trust)), at least min(m / 20, lowest)
+        m     <-  the same of the mask's mean, over about 10 steps
+        r      =  ramp * min(1, (1 - e / c) / (1 - trust)), at least min(m^2, lowest)
 
     Where G copies, e / c is 1; the better G(x) fools D, the smaller it is. Up to e / c = trust, r
     is the ramp's, and masks shrink to what has to change. Where they shrink too far, D sees
-    through G(x), and r falls. Before the ramp has come, m / 20 holds large masks back.
+    through G(x), and r falls. Before the ramp has come, `lowest` holds large masks back.
     """
 
     def __init__(self, steps, highest=0.5, trust=0.35, lowest=0.05):
@@ -501,7 +501,7 @@ class AdaptiveCurriculum(nn.Module):
         """r of the step, the first of which is 0: (2,)."""
         ramp = self.highest * step / self.steps
         fooled = 1 - self.e / self.c.clamp(min=1e-6)
-        least = (self.m / 20).clamp(max=self.lowest)
+        least = self.m.square().clamp(max=self.lowest)
         return torch.maximum((ramp * fooled / (1 - self.trust)).clamp(max=ramp), least)
 
     @torch.no_grad()
@@ -510,7 +510,7 @@ class AdaptiveCurriculum(nn.Module):
         share = 1 / min(step + 1, max(1, 0.02 * self.steps))  # at first the mean of all steps
         self.e.lerp_(e, share)
         self.c.lerp_(c, share)
-        self.m.lerp_(m, 1 / min(step + 1, 50))
+        self.m.lerp_(m, 0.1)
 
 
 def scheduled_r(config: "Config", progress: float) -> float:
@@ -736,7 +736,7 @@ class Config:
     shift: float = 0.5            # highest shift of what D sees, a part of the side; drawings: 0
     curriculum: str = "adaptive"  # of r: adaptive (Eq. 11), papers (a step), ramp or none
     r: float = 0.5                # its highest value: papers and ramp end there, adaptive may
-    r_low: float = 0.05           # most of its floor, m / 20; final, released: 0.01
+    r_low: float = 0.05           # its lowest, or m^2 if less; final, released: 0.01
 
     # optimisation
     batch_size: int = 1  # pairs a step, of each process
