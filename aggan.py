@@ -945,15 +945,16 @@ class Trainer:
         self.scaler.update()
 
         # e, c and m of Eq. (11), for r or warnings; a copy of an A is judged as a B
+        attention = mask_a.mean(), mask_b.mean()
         if "copy" in a:
             judge = "gan" if self.config.l_gan else "paired"
-            ecm = [ab[judge], ba[judge]], [b["copy"], a["copy"]], [mask_a.mean(), mask_b.mean()]
+            ecm = [ab[judge], ba[judge]], [b["copy"], a["copy"]], attention
             self.curriculum.update(self.done, *average(torch.stack([*map(torch.stack, ecm)])))
         self.done += 1
 
         figures = {name: ab[name] + ba[name] for name in ab}
         figures |= {name: a[name] + b[name] for name in a}
-        figures |= {"attention_ab": mask_a.mean(), "attention_ba": mask_b.mean()}
+        figures |= {"attention_ab": attention[0], "attention_ba": attention[1]}
         if self.config.curriculum != "none":
             figures |= {"r_ab": r[0], "r_ba": r[1]}
         copies = torch.stack(list(figures.values()))  # replays overwrite the figures
@@ -1369,9 +1370,8 @@ class Report:
         curriculum, n = self.trainer.curriculum, ("ab", "ba").index(way)
         e, c = curriculum.e[n].item(), curriculum.c[n].item()  # of Eq. (11)
         see = "see README.md, The log, and when it goes wrong"
-        known, kind = "copy" in means, self.trainer.config.gan
-        copies = known and e > 0.9 * c
-        if known and kind == "lsgan" and c < (0.6 if copies else 0.45):  # 4/9: D says 1/3 of all
+        copies = "copy" in means and e > 0.9 * c  # else both are 1 still
+        if self.trainer.config.gan == "lsgan" and c < (0.6 if copies else 0.45):  # D guesses: 4/9
             warn(f"g_{way}: the discriminator hardly tells A from B, nor where they differ; {see}")
         elif copies:
             warn(f"g_{way} copies its input, or nearly; {see}")

@@ -620,14 +620,14 @@ def by_hand(losses, steps, masks, highest=0.5, trust=0.35, lowest=0.05):
     return rs
 
 
-def r_of(losses, steps, masks=None, **settings):
+def r_of(losses, steps, masks=(), **settings):
     """The same from the class, which has both directions: B -> A copies all along, its masks 0."""
     curriculum, rs = aggan.AdaptiveCurriculum(steps, **settings), []
     for step, (e, c) in enumerate([*losses, (1, 1)]):
         r = curriculum(step)
         assert r[1].item() == pytest.approx(min(0.81**step, curriculum.lowest), abs=1e-6)
         rs.append(r[0].item())
-        m = masks[step] if masks and step < len(masks) else 0.0
+        m = masks[step] if step < len(masks) else 0.0
         curriculum.update(step, *torch.tensor([[e, 1.0], [c, 1.0], [m, 0.0]]))
     return rs
 
