@@ -12,19 +12,19 @@ is `g_ba`; D judges images of B; the numbers are this file's own):
   (4) L_GAN       (D(y) - 1)^2 + D(G(x))^2, or, the papers', -log D(y) - log(1 - D(G(x))), D then
                   a sigmoid; D's is halved; G's is that of G(x) called real, (D(G(x)) - 1)^2
                   D's alone, not in the papers: + l_copy D(x)^2 / 2: an untouched x is a fake too;
-                  and D sees all moved by some pixels, others each step, more and more (`moved`)
-  (5) L_AGAN      the same of D([m, y]) and D([m, G(x)]), m = 1 - a_n of x; --objective final's
+                  and D sees everything shifted, by new amounts each step, growing (`moved`)
+  (5) L_AGAN      the same, without l_copy, of another D: D([m, y]), D([m, G(x)]); m = 1 - a_n of x
   (6) L_cycle     |G'(G(x)) - x|, a mean, as (7) and (8)
   (7) L_pixel     |G(x) - x|
   (8) L_identity  |G(y) - y|
   (9) L_tv        sum of |m[h+1, w] - m[h, w]| + |m[h, w+1] - m[h, w]|
  (10) objective   r (l_cycle L_cycle + l_pixel L_pixel + l_identity L_identity)
                   + (1 - r) (l_gan L_GAN + l_paired L_AGAN + l_tv L_tv)
-                  G's; D's terms are unweighted; without a curriculum both factors are 1
- (11) r           0.5 t min(1, (1 - e / c) / 0.65), at least min(m^2, r_low);
-                  t: progress; e, c, m: running means of (D(G(x)) - 1)^2, (D(x) - 1)^2 and m; e / c
-                  is 1 where G copies; not in the papers, whose r is a step, 0.01 to 0.5
- (12) any size    y = x + up(G(s) - s), s: x at the scale of the training; not in the papers
+                  G's; of D's only the copy has a weight; without a curriculum both factors are 1
+ (11) r           r_max t min(1, (1 - e / c) / 0.65), at least min(m^2, r_low); r_max: --r
+                  t: progress; e, c, m: running means of (D(G(x)) - 1)^2, (D(x) - 1)^2, the mask;
+                  e / c is 1 where G copies; not in the papers: their r is a step, 0.01 to 0.5
+ (12) any size    out = x + up(G(z) - z), z: x at the scale of the training; not in the papers
 
   --model   paper                                             generator           attention
   scheme1   AGGAN, Tang et al. 2019, arXiv 1903.12296         SchemeOneGenerator  one sigmoid mask
@@ -106,7 +106,7 @@ def fuse(x: Tensor, attention: Tensor, content: Tensor) -> Tensor:
     """
     masks, contents = attention.shape[1], content.shape[1]
     if masks != contents + 1:
-        raise ValueError(f"{masks} masks need one content fewer, not {contents}")
+        raise ValueError(f"{masks} masks need {masks - 1} contents, not {contents}")
 
     foreground = attention[:, :-1, None]                   # (B, n-1, 1, H, W)
     background = attention[:, -1:]                         # (B, 1, H, W)
@@ -126,7 +126,7 @@ def carry(x: Tensor, small: Tensor, changed: Tensor) -> Tensor:
 # ---------- 2. Building blocks ----------
 
 # Names as in CycleGAN's paper: c7s1-k, a 7x7 convolution of stride 1 to k channels; dk, 3x3 of
-# stride 2; Rk, a residual block; uk, upsampling. Numbers in strings such as d128 are for width 64.
+# stride 2; Rk, a residual block; uk, upsampling. Numbers in names such as d128 are for width 64.
 
 NORMS = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}  # instance: no learnt scale, shift
 
@@ -163,10 +163,10 @@ def up_block(in_channels, out_channels, norm="instance", upsample="nearest"):
 
 
 class DoublingBlock(nn.Sequential):
-    """nn.Upsample(scale_factor=2) and a 3x3 `conv_block`, at once: 16 multiplications, not 36.
+    """What nn.Upsample and the 3x3 `conv_block` give, at once: 16 products for a pixel, not 36.
 
     Taps of the kernel that meet copies of one pixel are summed first. The sums are a 4x4 kernel,
-    with which one transposed convolution does both. Shapes of `up_block`.
+    with which one transposed convolution does both; self[0] never runs. Shapes of `up_block`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -274,7 +274,7 @@ class SchemeTwoGenerator(nn.Module):
 
 
 class CycleGANGenerator(nn.Module):
-    """Zhu 2017, the baseline: without attention, which makes masks constants, 1 and 0; n = 2."""
+    """Zhu 2017, the baseline: no attention, its masks are the constants 1 and 0; n = 2."""
 
     def __init__(self, width=64, blocks=9, norm="instance", upsample="nearest"):
         super().__init__()
@@ -352,7 +352,7 @@ HEADS = {"patch": PatchDiscriminator, "pooled": PooledDiscriminator}
 
 
 class AttentionGuidedDiscriminator(nn.Module):
-    """Eq. (5): judges an image and a foreground mask together; shapes as of its head."""
+    """Eq. (5): judges an image and a foreground mask together; shapes: its head's."""
 
     def __init__(self, width=64, norm="instance", head="patch"):
         super().__init__()
@@ -365,7 +365,7 @@ class AttentionGuidedDiscriminator(nn.Module):
 def moved(x: Tensor, shift=()) -> Tensor:
     """x (B, C, H, W), moved by shift (2,), pixels down and right; what is missing is mirrored.
 
-    D sees all so (Zhao et al. 2020), farther in later epochs: or masks seek the edges, and grow.
+    D sees everything so, farther in later epochs (Zhao et al. 2020): else masks drift to the edges.
     """
     for dim, by in zip((2, 3), shift):
         last = x.shape[dim] - 1
@@ -424,7 +424,7 @@ def generator_objective(g, g_back, discriminators, x, y, r, config: "Config", sh
     not there. Other terms of weight 0 are not computed. shift: of what discriminators see.
     """
     fake = g(x)
-    mask = fake.foreground  # (B, 1, H, W), not detached: it learns from every term
+    mask = fake.foreground  # (B, 1, H, W), not detached: L_AGAN and L_tv train it too
     terms = {}
 
     # change: what asks for x to become a y, and, as in the papers, L_tv
@@ -454,15 +454,15 @@ def discriminator_objective(discriminators, real, fake, untouched, config: "Conf
     """Eqs. (4) and (5) for the discriminators of one domain, halved -> total, terms by name.
 
     Each an image (B, 3, H, W) and a mask (B, 1, H, W), detached:
-    real       an image of the domain; the mask that its own translation has
+    real       an image of the domain; the mask of its own translation
     fake       a translation into the domain, or an earlier one; the mask that made it
-    untouched  an image of the other domain; the mask that its own translation has
+    untouched  an image of the other domain; the mask of its own translation
     The term "copy" is not in the total: what L_GAN of G would be if it copied, c of Eq. (11).
     """
     (real_image, real_mask), (fake_image, fake_mask) = real, fake
     total, terms = 0, {}
     for name, discriminator in discriminators.items():
-        # Eq. (5): the fake's mask stands beside the real image too, although it does not fit it
+        # Eq. (5): the fake's mask beside the real image too, a misfit; real_mask is for --tau alone
         mask = fake_mask if name == "paired" else real_mask
         on_real = adversarial_loss(discriminator(real_image, mask), True, config.gan)
         on_fake = adversarial_loss(discriminator(fake_image, fake_mask), False, config.gan)
@@ -514,7 +514,7 @@ class AdaptiveCurriculum(nn.Module):
 
 
 def scheduled_r(config: "Config", progress: float) -> float:
-    """r of Eq. (10) by the clock alone, a step ("papers") or a line; progress in [0, 1]."""
+    """r of Eq. (10) by progress in [0, 1] alone: 0.01, from 0.05 on config.r, or its ramp."""
     if progress < 0.05:
         return 0.01
     return config.r if config.curriculum == "papers" else max(0.01, config.r * progress)
@@ -546,7 +546,7 @@ class ImagePool:
 
 # ---------- 7. The neighbours ----------
 
-# Methods that the papers argue with, in the same shapes. Those that change in the course of a run
+# Methods that the papers compare with, in the same shapes. Those that change in the course of a run
 # have set_progress(progress) -> whether they are in their late phase; the loop calls it each step.
 
 
@@ -599,7 +599,7 @@ class MaskedDiscriminator(nn.Module):
     """Mejjati 2018: from `switch` on it sees an image only where mask >= tau, the rest grey (0).
 
     Then its norm layers are left out, as their statistics would include the blank background.
-    Any model can have it: --tau. Shapes: the head's.
+    With --tau for any model whose masks are its own. Shapes: the head's.
     """
 
     def __init__(self, width=64, norm="instance", head="patch", tau=0.1, switch=0.3):
@@ -701,7 +701,7 @@ GUIDES = {"pha": ActivationDiscriminator, "tam": ResidualAttentionDiscriminator}
 class Config:
     """One run; each field, on one line, is an option of `train`, its comment the help text.
 
-    The last one wins: defaults, SMALL_TV, OBJECTIVES, DRAWINGS, PRESETS, SMALL, the command line.
+    Later ones win: defaults, SMALL_TV, OBJECTIVES, DRAWINGS, PRESETS, SMALL, the command line.
     """
 
     # data
@@ -720,11 +720,11 @@ class Config:
     norm: str = "instance"      # instance or batch
     head: str = "patch"         # of the discriminators: patch or pooled
     attention_map: str = "pha"  # of guided's discriminators: pha or tam
-    tau: float = 0.0            # from --switch on, D sees only where the mask is >= tau; 0: never
-    switch: float = 0.3         # fraction of the run before tau; with tau, mejjati's masks freeze
+    tau: float = 0.0            # from --switch on, D sees only where mask >= tau; 0: everywhere
+    switch: float = 0.3         # fraction of the run before tau acts and mejjati's masks freeze
 
     # objective
-    objective: str = "own"        # weights, rate: own, final (papers; drawings) or released (code)
+    objective: str = "own"        # weights, rate: own, final (the papers'; drawings) or released
     gan: str = "lsgan"            # adversarial loss: lsgan or vanilla
     l_gan: float = 1.0            # weight of L_GAN, Eq. 4; final: 0.5
     l_paired: float = 0.0         # weight of L_AGAN, Eq. 5; final: 0.5
@@ -733,7 +733,7 @@ class Config:
     l_identity: float = 0.0       # weight of L_identity, Eq. 8
     l_tv: float = 1e-6            # weight of L_tv, Eq. 9; small settings: 1e-4 (64 / size)^3
     l_copy: float = 1.0           # weight of the untouched input among D's fakes, Eq. 4
-    shift: float = 0.5            # highest shift of what D sees, a part of the side; drawings: 0
+    shift: float = 0.5            # highest shift of what D sees, a share of the side; drawings: 0
     curriculum: str = "adaptive"  # of r: adaptive (Eq. 11), papers (a step), ramp or none
     r: float = 0.5                # its highest value: papers and ramp end there, adaptive may
     r_low: float = 0.05           # its lowest, or m^2 if less; final, released: 0.01
@@ -759,22 +759,22 @@ class Config:
 
 RELEASED = dict(l_identity=5.0, l_pixel=0.0, l_tv=0.0, r_low=0.01, lr=2e-4)
 OBJECTIVES = {"own": {}, "final": dict(l_gan=0.5, l_paired=0.5, r_low=0.01), "released": RELEASED}
-# A further method: a class in section 3 or 7 that holds all its networks; in PRESETS, what it must
-# have whatever the objective (SMALL still wins); build_generator, Config.model, the table on top;
-# without a mask UNFUSED, check. A new loss: section 5, generator_objective, in Config a weight, 0.
-NO_CURRICULUM = dict(objective="released", curriculum="none", l_copy=0.0, shift=0.0)
+# To add a method: a class in section 3 or 7 holding all its networks; its name in PRESETS (options
+# that it needs whatever the objective; SMALL still wins), build_generator, Config.model, the table
+# on top, and if unmasked UNFUSED, check. A loss: section 5, generator_objective, Config (weight 0).
+CYCLEGAN_LOSSES = dict(objective="released", curriculum="none", l_copy=0.0, shift=0.0)
 PRESETS = {
     "scheme1": {},
     "scheme2": {},
-    "cyclegan": NO_CURRICULUM,
+    "cyclegan": CYCLEGAN_LOSSES,
     # r and (a default) l_copy are not of its paper: without them its masks fall to 0 here
     "mejjati": dict(objective="released", l_identity=0.0, lr=1e-4, tau=0.1, r=0.8, shift=0.0),
-    "guided": dict(NO_CURRICULUM, l_identity=0.0),
+    "guided": dict(CYCLEGAN_LOSSES, l_identity=0.0),
 }
 SMALL = dict(size=64, resize=72, width=16, blocks=3, steps=2000, lr=4e-4)
 SMALL |= dict(log_every=50, save_every=400)
-SMALL_TV = 1e-4                   # at 64 px; with as much at 128 masks go to 1, and stay; by trial
-DRAWINGS = dict(objective="final", shift=0.0)  # flat as they are, with a shift D wins
+SMALL_TV = 1e-4                   # at 64 px, by trial; as much at 128 drives masks to 1, for good
+DRAWINGS = dict(objective="final", shift=0.0)  # they are flat: with a shift D wins
 UNFUSED = ("cyclegan", "guided")  # models without a mask of their own that could collapse
 PRECISIONS = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHOICES = dict(model=PRESETS, objective=OBJECTIVES, norm=NORMS, head=HEADS, attention_map=GUIDES)
@@ -829,8 +829,8 @@ def check(c: Config) -> Config:
         raise BadInput(f"--a {a} --b {b}: one folder for each domain, neither in the other")
     if c.size % 4 or not c.size <= c.resize <= 2**15:
         raise BadInput(f"--size {c.size}: must be a multiple of 4, and at most --resize {c.resize}")
-    if c.shift >= 1:
-        raise BadInput(f"--shift {c.shift}: must be less than 1, the whole side")
+    if c.shift > 1 - 1 / c.size:
+        raise BadInput(f"--shift {c.shift}: must be at most {c.size - 1} of {c.size} pixels")
     if not c.l_gan and not c.l_paired:
         raise BadInput("--l-gan 0 --l-paired 0: leaves no discriminator")
     if c.model == "cyclegan" and (c.l_paired or c.l_tv or c.tau):
@@ -917,7 +917,7 @@ class Trainer:
 
         # for the log: figures since its last row, their names, lines not written yet, bytes written
         self.rows, self.names, self.log, self.logged = [], [], [], 0
-        self.counts, self.per_epoch = {}, 1  # images of each domain; steps
+        self.counts, self.per_epoch = {}, 1  # images of each domain, steps; `start` sets them
         self.parts = {"nets": self.nets, "opt_g": self.opt_g, "opt_d": self.opt_d}
         self.parts |= {"curriculum": self.curriculum, "scaler": self.scaler}
 
@@ -929,7 +929,8 @@ class Trainer:
         pinned = self.device.type == "cuda"  # elsewhere it would not be safe
         real_a, real_b = (x.to(self.device, non_blocking=pinned) for x in (real_a, real_b))
         r = self.begin()  # (2,): of A -> B, of B -> A
-        far = min(1, 0.25 + self.done / self.per_epoch / 200) * self.config.shift * self.config.size
+        share = min(1, 0.25 + self.done / self.per_epoch / 200)  # all from epoch 150 on
+        far = share * self.config.shift * self.config.size       # pixels
         shift = [((2 * torch.rand(2, device=self.device) - 1) * far).round().long()] if far else []
 
         # generators: gradients of both directions, one update
@@ -957,13 +958,13 @@ class Trainer:
         figures |= {"attention_ab": attention[0], "attention_ba": attention[1]}
         if self.config.curriculum != "none":
             figures |= {"r_ab": r[0], "r_ba": r[1]}
-        copies = torch.stack(list(figures.values()))  # replays overwrite the figures
-        return dict(zip(figures, copies))
+        values = torch.stack(list(figures.values()))  # replays overwrite the figures
+        return dict(zip(figures, values))
 
     def generator_gradients(self, real_a: Tensor, real_b: Tensor, r: Tensor, shift=()):
         """Gradients of Eq. (10) -> fakes of A and B, masks of real_a, real_b, terms of both ways.
 
-        One direction at a time: one autograd graph. inputs: discriminators get no gradients here.
+        One direction at a time, for memory. inputs=: no gradients for discriminators here.
         """
         g_ab, g_ba, d_a, d_b = self.nets.values()
         objective = functools.partial(generator_objective, config=self.config, shift=shift)
@@ -1016,7 +1017,7 @@ class Trainer:
         return torch.full((2,), scheduled_r(self.config, progress), device=self.device)
 
     def state_dict(self) -> dict:
-        """All that the run needs to go on; of CUDA no random numbers, the first process's pools."""
+        """What the run needs to go on, but CUDA's random numbers, and other processes' pools."""
         plain = "total", "rows", "names", "log", "logged", "counts"
         return {name: getattr(self, name) for name in plain} | {
             "format": FORMAT,
@@ -1102,7 +1103,7 @@ def learning_rate(config: Config, progress: float) -> float:
 
 
 def pick_precision(config: Config, device: torch.device) -> torch.dtype | None:
-    """Of convolutions; None: float32. auto: on CUDA bf16, or fp16 where the GPU has no bf16."""
+    """The convolutions' type; None: float32. auto: on CUDA bf16, or fp16 if it has no bf16."""
     if config.precision == "auto" and device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
     return PRECISIONS[config.precision]
@@ -1245,9 +1246,9 @@ def batches(data, turns, size: int, threads: int, pin: bool):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Within, SIGINT, SIGTERM, SIGHUP are noted, in the list given; a second one kills.
+    """Within, SIGINT, SIGTERM, SIGHUP are noted in the list given; a second one kills.
 
-    Not under torchrun, which repeats them. A SIGHUP that was ignored, as under nohup, stays so.
+    Under torchrun, which repeats them, it does not. A SIGHUP ignored before, as by nohup, stays so.
     """
     seen = []
 
@@ -1371,7 +1372,7 @@ class Report:
         e, c = curriculum.e[n].item(), curriculum.c[n].item()  # of Eq. (11)
         see = "see README.md, The log, and when it goes wrong"
         copies = "copy" in means and e > 0.9 * c  # else both are 1 still
-        if self.trainer.config.gan == "lsgan" and c < (0.6 if copies else 0.45):  # D guesses: 4/9
+        if self.trainer.config.gan == "lsgan" and c < (0.6 if copies else 0.45):  # 4/9 if D guesses
             warn(f"g_{way}: the discriminator hardly tells A from B, nor where they differ; {see}")
         elif copies:
             warn(f"g_{way} copies its input, or nearly; {see}")
@@ -1411,22 +1412,21 @@ def save(trainer: Trainer, shown, last=True):
             average(buffer)
     if RANK:
         return
-    out, state = Path(trainer.config.out), trainer.state_dict()
+    out, every, state = Path(trainer.config.out), trainer.config.save_every, trainer.state_dict()
     try:
         write_whole(out / "checkpoint.pt", functools.partial(torch.save, state))
         save_samples(out / "samples" / f"{trainer.done:07}.png", trainer.nets, *shown)
     except (BadInput, OSError, ArithmeticError, torch.OutOfMemoryError) as error:
         if last:
             raise
-        every = trainer.config.save_every
         warn(f"step {trainer.done}: {brief(error)}; tried again in {every} steps")
 
 
 def train(config: Config, resume: bool = False, typed: set | None = None) -> Path:
     """Trains; leaves checkpoint.pt, log.csv and samples/*.png in the run folder, and returns it.
 
-    resume: goes on from the checkpoint there, if any, as that run but for the options `typed`, if
-    given; without, BadInput where the folder is not empty. SIGINT, SIGTERM, SIGHUP, or a failure to
+    resume: goes on from the checkpoint there, if any, with its options but those `typed`, if given.
+    If not resume: BadInput where the folder is not empty. SIGINT, SIGTERM, SIGHUP, or a failure to
     load images, finish the step and save; then BadInput of status 128 + the number, or the failure.
     """
     config, state = from_first(find_run, config, resume, typed)

@@ -2374,7 +2374,7 @@ BAD_INPUT = {  # of which the line says
     "train --lr nan": "--lr nan: ",
     "train --r inf": "--r inf: ",
     "train --l-gan 0 --l-paired 0": "--l-gan 0 --l-paired 0",
-    "train --shift 1": "--shift 1.0: must be less than 1",
+    "train --shift 0.99": "--shift 0.99: must be at most 63 of 64 pixels",
     "train --out broken/x.png": "--out broken/x.png: is a file",
     "train --device meta": "--device meta",
     "evaluate nowhere": "nowhere: no checkpoint.pt",
