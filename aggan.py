@@ -58,6 +58,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -1329,8 +1330,9 @@ class Report:
             line = f"step {done}/{total}  {pace}"
             line += f"  attention {figures['attention_ab']:.3f} {figures['attention_ba']:.3f}"
             if "r_ab" in figures:
-                line += f"  r {figures['r_ab']:.3f} {figures['r_ba']:.3f}"
-            say(f"\r{line:<100}" if terminal else line, end="\n" if stays else "")
+                line += f"  r {figures['r_ab']:.2f} {figures['r_ba']:.2f}"
+            width = shutil.get_terminal_size().columns - 1  # a longer line would not stay in place
+            say(f"\r{line[:width]:<{width}}" if terminal else line, end="\n" if stays else "")
             self.printed = now
         if stays:
             self.since, self.clock = done, now
