@@ -1587,6 +1587,8 @@ def open_image(path) -> Image.Image:
             image.load()
             with contextlib.suppress(Exception):  # a broken orientation
                 ImageOps.exif_transpose(image, in_place=True)
+            if image.mode == "P":  # here, as its palette may be broken
+                image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
             raise ValueError(f"pixels of mode {image.mode}: save it with 8 or 16 bits")
         return image.convert("I") if image.mode.startswith("I;16") else image

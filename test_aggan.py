@@ -1857,6 +1857,11 @@ def useless_images(folder):
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n"
     contents = {"text.png": b"not a picture", "empty.jpg": b"", "cut.jpg": cut[: len(cut) // 2]}
     contents |= {"bomb.png": bomb(40000), "short.png": bomb(400), "program.png": program}
+    header = chunk(b"IHDR", bytes([0, 0, 0, 40, 0, 0, 0, 30, 8, 3, 0, 0, 0]))  # of a palette
+    palettes = {"no.png": b"", "few.png": chunk(b"PLTE", bytes(9)) + chunk(b"tRNS", bytes(257))}
+    for name, palette in palettes.items():
+        data = chunk(b"IDAT", zlib.compress(bytes([0, *[9] * 40] * 30))) + chunk(b"IEND", b"")
+        contents[name] = b"\x89PNG\r\n\x1a\n" + header + palette + data
     for name, content in contents.items():
         (folder / name).write_bytes(content)
     return sorted([*contents, "float.tif", "integer.tif"])
