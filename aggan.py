@@ -932,7 +932,7 @@ class Trainer:
         r = self.begin()  # (2,): of A -> B, of B -> A
         share = min(1, 0.25 + self.done / self.per_epoch / 200)  # all from epoch 150 on
         far = share * self.config.shift * self.config.size       # pixels
-        shift = [((2 * torch.rand(2, device=self.device) - 1) * far).round().long()] if far else []
+        shift = [((2 * torch.rand(2) - 1) * far).round().long().to(self.device)] if far else []
 
         # generators: gradients of both directions, one update
         fake_a, fake_b, mask_a, mask_b, ab, ba = self.generator_gradients(real_a, real_b, r, *shift)
@@ -1018,7 +1018,7 @@ class Trainer:
         return torch.full((2,), scheduled_r(self.config, progress), device=self.device)
 
     def state_dict(self) -> dict:
-        """What the run needs to go on, but CUDA's random numbers, and other processes' pools."""
+        """All that the run needs to go on, but the other processes' pools and random numbers."""
         plain = "total", "rows", "names", "log", "logged", "counts"
         return {name: getattr(self, name) for name in plain} | {
             "format": FORMAT,
