@@ -811,7 +811,7 @@ def configure(given: dict, small=None) -> Config:
     settings["out"] = f"runs/mini-{model}" if small and bundled else f"runs/{model}"
     if "epochs" in given:
         settings["steps"] = 0
-    folders = {name: str(Path(given[name]).resolve()) for name in "ab" if given.get(name)}
+    folders = {name: os.path.abspath(given[name]) for name in "ab" if given.get(name)}
     return Config(**(settings | given | folders))
 
 
@@ -1690,7 +1690,7 @@ def shuffled(n, key):
 
 def sibling(folder, old, new) -> Path | None:
     """The folder beside this one named with `new` for `old` (trainA -> testA), if there is one."""
-    path = Path(folder).resolve()
+    path = Path(os.path.abspath(folder))  # where it is a link, not what it leads to
     found = path.with_name(path.name.replace(old, new))
     return found if found != path and found.is_dir() else None
 

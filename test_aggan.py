@@ -2276,6 +2276,18 @@ def test_what_a_mask_may_be(tmp_path):
         aggan.load_mask(path, (48, 32))
 
 
+def test_test_folders_are_beside_the_training_folders(folders):
+    """... as they were named, also where that is a link."""
+    (folders / "trainA").rename(folders / "horses")
+    (folders / "new").mkdir()
+    (folders / "new" / "trainA").symlink_to(folders / "horses")
+    (folders / "testA").rename(folders / "new" / "testA")
+    given = {name: folders / part for name, part in (("a", "new/trainA"), ("b", "trainB"))}
+    trained = aggan.domain_folders(aggan.configure(given))
+    tests = [aggan.sibling(folder, "train", "test") for folder in trained]
+    assert tests == [folders / "new" / "testA", folders / "testB"]
+
+
 def test_masks_have_the_names_of_their_images(trained, folders):
     """In folders alike, whatever their extension; ü is one letter, or two, as on a Mac."""
     for part, white in (("x", 0), ("y", 255)):
