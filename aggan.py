@@ -1156,8 +1156,9 @@ def load_checkpoint(run) -> dict:
     return state
 
 
-def unusable(path, error) -> BadInput:
-    return BadInput(f"{path}: not a checkpoint that this can use ({brief(error)})")
+def unusable(path, error) -> Exception:
+    line = f"{path}: not a checkpoint that this can use ({brief(error)})"
+    return error if isinstance(error, torch.OutOfMemoryError) else BadInput(line)
 
 
 def find_run(config: Config, resume: bool, typed: set | None) -> tuple[Config, dict | None]:

@@ -1494,6 +1494,12 @@ def test_out_of_memory(folders, monkeypatch, capsys):
     spoilt(monkeypatch, aggan, "panels", lambda _, x: shapes.append(x.shape))
     aggan.main(given)
     assert shapes == [(3, 36, 36)] * 8  # of a grid, one image at a time
+    translate = ["translate", folders / "run", folders / "testA", "--to=b", "--out", folders / "x"]
+    for place in (aggan.Trainer, "load_state_dict"), (torch.nn.Module, "to"):  # no fault of the run
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, raising(NO_MEMORY))
+            again = translate if "to" in place else [*given, "--resume", "--steps", 3]
+            assert line in refusal([*again, "--device", "cpu"], capsys)
 
 
 def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
