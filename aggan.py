@@ -1191,8 +1191,8 @@ def find_run(config: Config, resume: bool, typed: set | None) -> tuple[Config, d
 
 def start(config: Config, state: dict | None, data: "UnpairedImages", device) -> Trainer:
     """The run as saved, or a new one, from another's networks (--init) if asked for. BadInput."""
-    counts = {domain: len(paths) for domain, paths in data.paths.items()}
-    per_epoch = max(1, len(data) // (config.batch_size * WORLD))
+    counts = from_first(lambda: {domain: len(paths) for domain, paths in data.paths.items()})
+    per_epoch = max(1, max(counts.values()) // (config.batch_size * WORLD))
     total = config.steps or config.epochs * per_epoch
     if state:
         saved, done = state["config"], state["step"]

@@ -1608,7 +1608,7 @@ def test_two_processes_train_as_one(folders, pair, capfd):
         aggan.train(tiny(folders, **changes), resume=True)
 
 
-def test_the_first_process_reads_the_checkpoint(folders, pair, capfd):
+def test_the_first_process_reads_the_checkpoint(folders, pair, monkeypatch, capfd):
     """A second machine without it ends with the same weights; both are refused alike."""
     given = ["train", *options(folders, steps=1, norm="batch", shift=0, out="run"), "--resume"]
     assert ended(pair(*given)) == [0, 0] and not (folders / "second" / "run").exists()
@@ -1630,6 +1630,10 @@ def test_the_first_process_reads_the_checkpoint(folders, pair, capfd):
     assert ended(pair(*given, "--width", 8)) == [2, 2]
     error = capfd.readouterr().err
     assert len(set(error.splitlines())) == 1 and "--width 8 (there 4): another run" in error
+
+    monkeypatch.setattr(aggan, "from_first", lambda *_: {"a": 9, "b": 4})  # has other folders
+    config = tiny(folders, steps=0, epochs=2)
+    assert aggan.start(config, None, data, CPU).total == 18
 
 
 def test_a_process_that_fails_stops_all_and_the_run_is_saved(folders, pair, monkeypatch, capfd):
