@@ -1347,8 +1347,9 @@ class Report:
         rate = learning_rate(trainer.config, (trainer.done - 1) / trainer.total)
         row |= {"pairs_per_second": pairs_per_second, "rate": rate} | means
         trainer.log.append(",".join(f"{v:.6g}" if v % 1 else f"{v:.0f}" for v in row.values()))
-        try:
+        if not trainer.logged:  # early, not after hours: an error where there can be no folder
             path.parent.mkdir(parents=True, exist_ok=True)
+        try:
             with open(path, "ab") as file:
                 end = min(trainer.logged, file.tell())
                 file.truncate(end)  # a killed run's rows after the checkpoint
