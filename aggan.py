@@ -1944,7 +1944,7 @@ def evaluate(run, a="", b="", masks_a="", masks_b="", save="", resize=None, devi
             if masks and len(values) < len(paths):
                 say(f"{way}: {name} of {len(values)} images")
         variety = mask_variety(torch.stack(attention))
-        results[way]["mask_variety"] = None if math.isnan(variety) else variety
+        results[way]["mask_variety"] = None if len(paths) < 2 or math.isnan(variety) else variety
     for path, picture in saved.items():  # all or none
         write_whole(path, functools.partial(picture.save, format="PNG"))
     return results
@@ -2028,12 +2028,9 @@ def run_evaluate(json_file, **given):
     if json_file and path.exists() and (path.suffix != ".json" or path.is_dir()):
         raise BadInput(f"--json {path}: exists, and is no .json file")
     results = evaluate(**given)
-    text = json.dumps(results, indent=2) + "\n"
-    try:  # neither a terminal that is gone nor a full disk loses the figures
-        if json_file:
-            write_whole(path, lambda file: file.write(text.encode()))
-    finally:
-        print_table(results)
+    print_table(results)
+    if json_file:
+        write_whole(path, lambda file: file.write(f"{json.dumps(results, indent=2)}\n".encode()))
 
 
 def main(argv: list[str] | None = None):
@@ -2044,7 +2041,7 @@ def main(argv: list[str] | None = None):
     command = commands[given.pop("command")]
     if (given.get("resize") or 0) < 0:
         parser.error("--resize: must be 0 or more")
-    if RANK > 0:  # of torchrun's processes one speaks
+    if RANK > 0 or sys.stdout is None:  # of torchrun's processes one speaks
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for odd names

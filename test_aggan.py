@@ -2190,7 +2190,7 @@ def test_figures_by_hand():
         assert aggan.mask_variety(masks) == pytest.approx(share)
 
 
-def test_evaluate_averages_over_images(trained, folders, capsys):
+def test_evaluate_averages_over_images(trained, folders, monkeypatch, capsys):
     """... over those that have a figure; it says how many, and writes what it says."""
     for domain in "AB":  # masks: the corner of 20 x 20 pixels
         (folders / f"masks{domain}").mkdir()
@@ -2225,9 +2225,15 @@ def test_evaluate_averages_over_images(trained, folders, capsys):
     with pytest.raises(aggan.BadInput, match="masksA: no mask for 3.png"):
         aggan.evaluate(trained, device="cpu")
     shutil.rmtree(folders / "masksA")
+    for i in range(1, 5):
+        (folders / "testA" / f"{i}.png").unlink()
     figures = aggan.evaluate(trained, resize=20, device="cpu")["a2b"]
     assert figures["iou"] is None and 0 <= figures["mean_attention"] <= 1
+    assert figures["mask_variety"] is None  # of one image
     assert "testA, without masks" in capsys.readouterr().out
+    with monkeypatch.context() as patch:  # as under pythonw
+        patch.setattr(sys, "stdout", None)
+        aggan.main(["evaluate", str(trained), "--device", "cpu"])
 
 
 def test_figures_outlive_the_terminal(trained, folders, monkeypatch):
