@@ -819,8 +819,8 @@ def check(c: Config) -> Config:
     """The same configuration; BadInput names the first option whose value cannot be used."""
     for name, value in vars(c).items():
         least, choices = LEAST.get(name, 0), CHOICES.get(name)
-        if not isinstance(value, str) and not least <= value < math.inf:
-            raise BadInput(f"{flag(name)} {value}: must be at least {least}")
+        if not isinstance(value, str) and not least <= value < 2**63:
+            raise BadInput(f"{flag(name)} {value}: must be at least {least}, and below 2**63")
         if choices and value not in choices:
             raise BadInput(f"{flag(name)} {value}: must be one of {', '.join(choices)}")
     if bool(c.a) != bool(c.b):
@@ -1368,10 +1368,7 @@ class Report:
                 self.warn_of_masks(way, [mask for _, mask in pool.items], means)
 
     def warn_of_masks(self, way: str, masks: list[Tensor], means: dict[str, float]):
-        """Says once what a direction's masks do wrong; masks: those of its last translations.
-
-        A small mean says nothing: what has to change may be small.
-        """
+        """Says once what a direction's last masks do wrong. Small ones may be right."""
         curriculum, n = self.trainer.curriculum, ("ab", "ba").index(way)
         e, c = curriculum.e[n].item(), curriculum.c[n].item()  # of Eq. (11)
         see = "see README.md, The log, and when it goes wrong"
