@@ -1998,7 +1998,7 @@ def make_parser() -> Parser:
     add("--attention", action="store_true", help="save the foreground attention too")
     add = functools.partial(evaluate.add_argument, type=home, default="")
     for name in ("--a", "--b", "--masks-a", "--masks-b"):
-        add(name, help="folder; default: testA, masksA beside trainA")
+        add(name, help="folder [of tests, beside the training's; of masks, beside the tests']")
     add("--save", help="new folder for the translations")
     add("--json", dest="json_file", help="file for the figures, too")
     return parser
