@@ -25,8 +25,18 @@ SIDES = {0: "batch", 2: "height", 3: "width"}  # of the image, free
 FREE = ({side: torch.export.Dim.DYNAMIC for side in SIDES},)
 
 
+def fit(x: Tensor, height, width) -> Tensor:
+    """x (B, C, H, W), cropped, or with its last row and column repeated -> (B, C, height, width).
+
+    By indices, which unlike F.pad and slices can be exported for any size.
+    """
+    sides = zip((height, width), x.shape[-2:])
+    rows, columns = (torch.arange(side).clamp(max=last - 1) for side, last in sides)
+    return x[..., rows, :][..., columns]
+
+
 def any_size(generator: nn.Module, x: Tensor, shorter: int) -> tuple[Tensor, Tensor]:
-    """Eq. (12): translates at the scale of the training, and carries the change to x.
+    """Eq. (12), as `translate_image`: at the scale of the training, the change carried to x.
 
     x (B, 3, H, W) in [-1, 1] -> image (B, 3, H, W), mask (B, 1, H, W). shorter: of the sides that
     the generator sees.
@@ -34,10 +44,11 @@ def any_size(generator: nn.Module, x: Tensor, shorter: int) -> tuple[Tensor, Ten
     resize = functools.partial(F.interpolate, mode="bicubic", antialias=True)
     height, width = x.shape[-2:]
     least = torch.sym_min(height, width)  # min() would be decided once, in the export
-    scaled = [(shorter * side // least + 2) // 4 * 4 for side in (height, width)]
-    small = resize(x, scaled)  # (B, 3, h, w), multiples of 4
-    t = generator(small)
-    return aggan.carry(x, small, t.image), resize(t.foreground, x.shape[-2:])
+    h, w = (shorter * side // least for side in (height, width))
+    small = resize(x, (h, w))
+    t = generator(fit(small, (h + 3) // 4 * 4, (w + 3) // 4 * 4))  # multiples of 4
+    changed, mask = (fit(part, h, w) for part in (t.image, t.foreground))
+    return aggan.carry(x, small, changed), resize(mask, x.shape[-2:])
 
 
 class OneWay(nn.Module):

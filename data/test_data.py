@@ -311,6 +311,10 @@ def test_export(folders, name, model):
             t = generator(image * 2 - 1)
             torch.testing.assert_close(translation, (t.image / 2 + 0.5).clamp(0, 1))
             torch.testing.assert_close(mask, t.foreground)
+    picture = aggan.TF.to_pil_image(torch.rand(3, 50, 75))  # seen as 36 x 54, padded to 36 x 56
+    exported = here(aggan.TF.to_tensor(picture)[None])
+    for x, y in zip(exported, aggan.translate_image(generator, picture, TINY["resize"], CPU)):
+        assert (x[0] - aggan.TF.to_tensor(y)).abs().mean() < 0.01  # rounded to 8 bits
     print(f"{name}, {model}: at most {largest:.1e} from PyTorch")
     assert largest < 1e-4
 
