@@ -14,6 +14,7 @@ the mean attention is measured, and the translations are kept beside each run fo
 """
 
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -78,12 +79,12 @@ def measure(options, seed, runs, train=True, folders=()):
     """
     name = options.replace("--", "").replace(" ", "-") or "default"
     out, scheme2 = runs / f"{name}-{seed}", aggan.SchemeTwoGenerator
-    figures = out.with_suffix(".json")
+    figures = Path(f"{out}.json")  # with_suffix would cut what follows a dot
+    if folders and (figures.exists() or (out / "checkpoint.pt").exists()):
+        trained = aggan.load_checkpoint(out)["config"]
+        if [os.path.abspath(folders[k]) for k in (1, 3)] != [trained.a, trained.b]:
+            raise aggan.BadInput(f"{out}: a run of other images; name another folder, --runs")
     if figures.exists():
-        if folders:
-            trained = aggan.load_checkpoint(out)["config"]
-            if [str(Path(folders[k]).resolve()) for k in (1, 3)] != [trained.a, trained.b]:
-                raise aggan.BadInput(f"{out}: a run of other images; name another folder, --runs")
         return json.loads(figures.read_text())
     if not train:
         raise aggan.BadInput(f"{figures}: not there yet")
@@ -98,7 +99,8 @@ def measure(options, seed, runs, train=True, folders=()):
         aggan.run_train(**given)
         scored = str(out) + "-scored" if folders else ""
         shutil.rmtree(scored, ignore_errors=True)  # of an evaluation that was stopped
-        results = aggan.evaluate(out, save=scored, device="cpu")
+        side = None if folders else 64  # the tables' scale, from before --resize was the default
+        results = aggan.evaluate(out, save=scored, resize=side, device="cpu")
     finally:  # the next row has the usual one
         aggan.SchemeTwoGenerator = scheme2
     aggan.write_whole(figures, lambda file: file.write(json.dumps(results).encode()))
@@ -128,7 +130,12 @@ def main(argv=None):
     for name in given.tables:
         if name not in TABLES or bool(given.a) != (name == "photographs"):
             parser.error(f"{name}: a table of {', '.join(TABLES)}; photographs needs --a and --b")
-    folders = ["--a", given.a, "--b", given.b or "", "--small"] if given.a else []
+    if bool(given.a) != bool(given.b):
+        parser.error("--a and --b go together: one folder for each domain")
+    for name, folder in (("a", given.a), ("b", given.b)) if given.a else ():
+        if not aggan.sibling(folder, "train", "test"):
+            parser.error(f"--{name} {folder}: no test folder beside it, as testA beside trainA")
+    folders = ["--a", given.a, "--b", given.b, "--small"] if given.a else []
 
     train, runs = not given.print, Path(given.runs)
     rows = {options: None for name in given.tables for options in TABLES[name].values()}
@@ -136,8 +143,8 @@ def main(argv=None):
         for options in rows:
             try:
                 found[options, seed] = measure(options, seed, runs, train, folders)
-            except aggan.BadInput as error:
-                if error.status >= 128:  # stopped by a signal
+            except (aggan.BadInput, OSError) as error:
+                if getattr(error, "status", 2) >= 128:  # stopped by a signal
                     parser.exit(error.status, f"{parser.prog}: {error}\n")
                 aggan.say(error, file=sys.stderr)
 

@@ -180,11 +180,25 @@ def test_measure(folders, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[-1] == trained  # it is there
     measure.main(["--runs", str(tmp_path / "none"), "--seeds", "0", "--print"])
     assert "none" in capsys.readouterr().err  # it is not
-    own = ["--a", str(folders / "trainA"), "--b", str(folders / "trainB")]
-    measure.main(["photographs", *own, "--runs", str(tmp_path / "own"), "--seeds", "0"])
+    (folders / "link").symlink_to(folders)
+    own = ["--a", str(folders / "link" / "trainA"), "--b", str(folders / "link" / "trainB")]
+    own = ["photographs", *own, "--runs", str(tmp_path / "own"), "--seeds", "0"]
+    measure.main(own)
     trained = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(r"\| tiny \| `--width 4 .*` \| 0 \| 0\.\d\d \| 0\.\d\d \|", trained)
     assert len(list((tmp_path / "own").glob("*-scored/b2a/*.png"))) == 3  # for KID
+    measure.main([*own, "--print"])
+    assert capsys.readouterr().out.splitlines()[-1] == trained
+    (folders / "testB").rename(folders / "notes")
+    with pytest.raises(SystemExit, match="2"):
+        measure.main(own)
+    assert "trainB: no test folder beside it" in capsys.readouterr().err
+    (folders / "notes").rename(folders / "testB")
+    shutil.copytree(folders, tmp_path / "others", ignore=shutil.ignore_patterns("own", "link"))
+    next((tmp_path / "own").glob("*.json")).unlink()  # no figures, as if evaluation was stopped
+    own[2], own[4] = (str(tmp_path / "others" / f"train{domain}") for domain in "AB")
+    measure.main(own)
+    assert "a run of other images" in capsys.readouterr().err
     (tmp_path / "1x1-0").write_text("not a run folder")
     with pytest.raises(aggan.BadInput):
         measure.measure("1x1", 0, tmp_path)
