@@ -11,6 +11,7 @@ with networks that torch.compile made (which takes minutes). Rows:
 """
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -92,15 +93,23 @@ def main(argv=None):
     parser.add_argument("--json", default="", help="file for the figures, too")
     given = vars(parser.parse_args(argv))
     file, small, compiled = given.pop("json"), given.pop("small"), given.pop("compile")
+    if file and Path(file).exists() and not Path(file).match("*.json"):
+        parser.error(f"--json {file}: exists, and is no .json file")
     try:
         config = aggan.check(aggan.configure(given, small))
         results = bench(config, aggan.pick_device(config.device), compiled)
+        aggan.print_table(results)
         text = json.dumps(results, indent=2) + "\n"
         if file:
             aggan.write_whole(Path(file), lambda out: out.write(text.encode()))
-        aggan.print_table(results)
     except aggan.BadInput as error:
         parser.exit(error.status, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted\n")
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("out of memory|t allocate memory|32-bit index", str(error)):
+            raise
+        parser.error(f"out of memory: a smaller --batch-size, --size or --width ({error})")
 
 
 if __name__ == "__main__":

@@ -335,8 +335,17 @@ if __name__ == "__main__":
     parser.add_argument("--test", type=int, default=60, help="test images a domain")
     parser.add_argument("--textured", action="store_true", help="as if photographed")
     parser.add_argument("--size", type=int, default=SIZE, help="side of the images, pixels")
+    parser.error = lambda line: parser.exit(2, f"{parser.prog}: error: {line}\n")
     options = parser.parse_args()
+    if options.size < 8 or min(options.train, options.test) < 0:
+        parser.error("--size: must be at least 8; --train, --test: at least 0")
+    if options.folder and Path(options.folder, "trainA").exists():
+        parser.error(f"{options.folder}: has a folder trainA; name a new one")
     if options.size != SIZE and not options.folder:
         parser.error("--size: name a folder too; the bundled drawings have 128 pixels")
     default = Path(__file__).parent / ("textured" if options.textured else "")
-    draw_set(options.folder or default, options.train, options.test, options.textured, options.size)
+    settings = options.train, options.test, options.textured, options.size
+    try:
+        draw_set(options.folder or default, *settings)
+    except OSError as error:
+        parser.error(str(error))

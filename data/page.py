@@ -248,7 +248,8 @@ def watch(folders, out: Path):
     try:
         while True:
             found = [files(folder) for folder in folders.values()]
-            if found != seen:
+            there = all(any([*times.values()][:3]) for times in found)  # a run's come late
+            if found != seen and there:
                 write(folders, out, follow=True)
             seen = found
             time.sleep(SECONDS)

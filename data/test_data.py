@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import threading
 import zipfile
@@ -47,6 +48,10 @@ def test_mini_set_is_what_its_script_draws(tmp_path):
         drawn, committed = pixels_of(first), pixels_of(aggan.DATA / file)
         assert drawn.shape == (3, 128, 128)
         assert (drawn - committed).abs().mean() < 0.01  # another Pillow may round otherwise
+    for given, words in (("first", "first: has a folder trainA"), ("new --size 0", "at least 8")):
+        line = [sys.executable, aggan.DATA / "draw.py", *given.split()]
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
 
     scenes = [draw.draw_scene("testA0", False, textured=kind) for kind in (False, True, True)]
     (plain, mask), (textured, same_mask), (again, _) = scenes
@@ -167,6 +172,11 @@ def test_bench(tmp_path, capsys):
     for name, row in results.items():
         assert name in said and all(v is None or v > 0 for v in row.values())
         assert row["pairs_a_second"] * row["ms_a_step"] == pytest.approx(1000)
+    (tmp_path / "b.json").rename(tmp_path / "notes.txt")
+    given[-1] = str(tmp_path / "notes.txt")
+    with pytest.raises(SystemExit, match="2"):
+        script("bench").main(given)
+    assert "notes.txt: exists" in capsys.readouterr().err
 
 
 def test_measure(folders, tmp_path, capsys, monkeypatch):
@@ -282,8 +292,13 @@ def test_page_follows_a_run(trained, monkeypatch):
     page, seen = script("page"), []
     monkeypatch.setattr(page, "draw_charts", lambda logs: "")  # a second each time
     out, grid = trained.with_name("run.html"), trained / "samples" / "0000001.png"
+    later = trained.rename(trained.with_name("later"))
 
     def look(_seconds):
+        if later.exists():  # the run has no folder yet
+            assert not out.exists()
+            later.rename(trained)
+            return
         seen.append((out.stat().st_mtime_ns, Page(out)))
         if len(seen) == 2:
             shutil.copy(grid, grid.with_name("0000009.png"))
