@@ -798,6 +798,7 @@ def test_presets_are_the_papers():
     assert config.out == "runs/mini-scheme2" and aggan.configure({"epochs": 2}).steps == 0
     assert (config.objective, config.l_gan, config.l_paired, config.shift) == ("final", 0.5, 0.5, 0)
     assert config.r_low == 0.01
+    assert aggan.build(tiny(model="mejjati", tau=0.0))["g_ab"].switch == 1  # never frozen
     small = aggan.configure(dict(own, objective="released", width=4), small=True)
     assert (small.size, small.lr, small.width, small.out) == (64, 4e-4, 4, "runs/scheme2")
     assert (small.shift, small.l_tv) == (0.5, 0)  # an objective without L_tv
@@ -2006,6 +2007,8 @@ def test_what_a_mask_leaves_alone_stays_as_it_is():
     assert torch.equal(aggan.apply_any_size(copy, x).image[0], x)
     padded = nn.functional.pad(x[None], (0, 2, 0, 11), mode="replicate")  # to 16 x 20
     assert torch.equal(seen[0], padded)
+    aggan.translate_image(copy, Image.new("RGBA", (32, 32)), 0, CPU)
+    assert seen[-1].min() == 1  # what is transparent is white, whatever lies below
 
     def left_half_black(x):
         assert x.shape[-2:] == (24, 64)  # the scale asked for
