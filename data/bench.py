@@ -107,9 +107,11 @@ def main(argv=None):
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
     except (MemoryError, RuntimeError) as error:
-        if not re.search("out of memory|t allocate memory|32-bit index", str(error)):
+        known = re.search("out of memory|t allocate memory|32-bit index", str(error))
+        if not known and not isinstance(error, MemoryError):  # which says nothing; as aggan.main
             raise
-        parser.error(f"out of memory: a smaller --batch-size, --size or --width ({error})")
+        why = aggan.brief(error)
+        parser.error(f"out of memory: a smaller --batch-size, --size or --width ({why})")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import aggan
 from aggan import SchemeTwoGenerator
 from test_aggan import CPU, ROOT, TINY, folders, options
-from test_aggan import pixels_of, seeded, tiny, trained
+from test_aggan import pixels_of, raising, seeded, tiny, trained
 
 __all__ = ["folders", "seeded", "trained"]  # fixtures
 
@@ -162,7 +162,7 @@ def test_pictures(folders):
         assert (mask.getextrema()[0] > 250) == white
 
 
-def test_bench(tmp_path, capsys):
+def test_bench(tmp_path, capsys, monkeypatch):
     names = ("width", "blocks", "masks", "size", "resize", "device")
     given = [str(x) for name in names for x in (aggan.flag(name), TINY[name])]
     given += ["--precision", "bf16", "--json", str(tmp_path / "b.json")]
@@ -177,6 +177,12 @@ def test_bench(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         script("bench").main(given)
     assert "notes.txt: exists" in capsys.readouterr().err
+    bench = script("bench")
+    for error, status in ((MemoryError(), 2), (KeyboardInterrupt(), 130)):
+        monkeypatch.setattr(bench, "bench", raising(error))
+        with pytest.raises(SystemExit, match=str(status)):
+            bench.main(given[:-2])
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_measure(folders, tmp_path, capsys, monkeypatch):
